@@ -1,0 +1,22 @@
+"""Environments: the table of names, and the contract in `base`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from megatron_tcod.envs.base import EnvironmentFamily
+
+ENVS = {
+    "household": "megatron_tcod.envs.household:Household",
+    "alfworld": "megatron_tcod.envs.alfworld:ALFWorld",
+}
+
+
+def load_env(name: str) -> type[EnvironmentFamily]:
+    """The environment class behind a name of ENVS; ValueError suggests the nearest name."""
+    if name not in ENVS:
+        near = difflib.get_close_matches(name, ENVS, 1)
+        raise ValueError(f"env {name!r} is unknown; did you mean {near[0] if near else sorted(ENVS)}?")
+    module, _, attribute = ENVS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,69 @@
+"""The environment contract: text in, text out, one object per episode.
+
+An environment never sees tokens, turns or curricula. It is used once and thrown away: `reset` once, `step` until
+`done` or until the caller has enough, `close` always. Two environments built from one task behave identically.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from megatron_tcod.trajectory import Demonstration, Task
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the environment answers to one action.
+
+    Example: `Step("You open the fridge 1.", reward=0.0, done=False, info={"accepted": True})`
+    """
+
+    observation: str
+    reward: float = 0.0
+    done: bool = False
+    info: dict[str, Any] = field(default_factory=dict)
+    """`accepted` False: the engine did not understand or refused the action. `success` True: the goal is reached."""
+
+
+class Environment(Protocol):
+    """One episode of one task."""
+
+    def reset(self) -> str:
+        """Start the episode; the first observation, task description included."""
+        ...
+
+    def step(self, action: str) -> Step:
+        """Play one command. Raises `EnvironmentFault` when the environment itself breaks."""
+        ...
+
+    def close(self) -> None:
+        """Free whatever the episode holds; safe to call twice."""
+        ...
+
+
+class EnvironmentFault(Exception):
+    """The environment broke (crash, deadline, malformed answer). Ends the episode as `env_fault`, never the run."""
+
+
+class EnvironmentFamily(Protocol):
+    """A class in the table ENVS: lists its tasks, builds an episode, and says how observations are compared."""
+
+    @classmethod
+    def tasks(cls, split: str, **options: Any) -> list[Task]:
+        """All tasks of a split, in a fixed order. ValueError names the known splits."""
+        ...
+
+    @classmethod
+    def make(cls, task: Task, **options: Any) -> Environment: ...
+
+    @staticmethod
+    def normalise(observation: str) -> str:
+        """The text under which two observations count as equal in verified replay."""
+        ...
+
+    @classmethod
+    def expert(cls, task: Task, *, seed: int, mistake_rate: float = 0.0, **options: Any) -> Demonstration:
+        """A demonstration by the environment's own expert; ValueError where there is none. With `mistake_rate` > 0
+        random valid commands are injected (marked `is_trained=False`) and the expert recovers from them."""
+        ...
