@@ -1,0 +1,403 @@
+"""Configuration: frozen dataclasses, one per part, filled from a TOML file and Megatron-named flags.
+
+Precedence, weakest first: the defaults below, the `--fidelity` preset, the TOML file, the command line. In the file each
+part is a table (`[parallel]`, `[curriculum]`, ...); on the command line every field is a flat flag
+(`--tensor-model-parallel-size 2`). `load_config(argv)` returns the resolved `Config` or raises `ConfigError` with one
+message that names the field, what was expected and the fix. It imports neither torch nor megatron.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import io
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import tyro
+from pydantic import Field
+from pydantic.dataclasses import dataclass as validated
+
+STRICT = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class ConfigError(ValueError):
+    """A setting that the user can fix. The message is complete; no traceback helps."""
+
+
+def also(*names: str) -> Any:
+    """The same field under another flag."""
+    return tyro.conf.arg(aliases=list(names))
+
+
+@validated(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    student: Annotated[str, also("--hf-checkpoint")] = ""
+    """Hugging Face directory of the student: config.json, tokenizer.json and, unless `init` is random, safetensors."""
+    teacher: Annotated[str, also("--opd-teacher-load")] = ""
+    """Hugging Face directory of the frozen teacher. Not read by the sft objective."""
+    init: Literal["load", "random"] = "load"
+    """`random` initialises the student from its config.json alone."""
+    chat_template: str = "chatml"
+    """`chatml` (append-only, Qwen's control tokens), `model` (the directory's own Jinja template) or a template file."""
+    system_prompt: str = ""
+    """Text of the system message; empty for none."""
+
+
+@validated(frozen=True, kw_only=True, config=STRICT)
+class ParallelConfig:
+    tensor_model_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share each layer."""
+    pipeline_model_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share the stack of layers."""
+    virtual_pipeline_model_parallel_size: int | None = Field(default=None, ge=2)
+    """Model chunks per pipeline rank for the interleaved schedule."""
+    context_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share each sequence."""
+
+
+@validated(frozen=True, kw_only=True, config=STRICT)
+class TrainingConfig:
+    train_iters: int = Field(default=250, ge=0)
+    """Optimizer steps."""
+    lr: float = Field(default=1e-6, gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the decay from `lr` to `min_lr` over `train_iters`."""
+    lr_warmup_iters: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled decay."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's first-moment decay rate."""
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """AdamW's second-moment decay rate."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """AdamW's denominator offset."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Global gradient norm limit; 0 turns clipping off."""
+    max_tokens_per_microbatch: Annotated[int, also("--max-tokens-per-gpu")] = Field(default=16384, ge=1)
+    """Packed tokens per microbatch; a longer row travels alone."""
+    seed: int = 42
+    """Of the task order, the sampling and a random initialisation."""
+    save: str = "runs/tcod"
+    """Run directory: checkpoints, metrics, trajectories, evaluations. An existing run is resumed."""
+    save_interval: int = Field(default=50, ge=1)
+    """Optimizer steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+    trajectory_interval: int = Field(default=1, ge=1)
+    """Optimizer steps between steps whose episodes are written to trajectories.jsonl."""
+    tensorboard_dir: str = ""
+    """Also write the metrics as TensorBoard events here; empty for none."""
+
+
+@validated(frozen=True, kw_only=True, config=STRICT)
+class CurriculumConfig:
+    curriculum: Annotated[Literal["full", "f2b", "b2f"], also("--opd-curriculum-variant")] = "full"
+    """`full`: vanilla OPD. `f2b`: the student plays the first k turns. `b2f`: it takes over L - k turns in."""
+    k_start: Annotated[int, also("--opd-k-start")] = Field(default=1, ge=1)
+    """Window depth at the first step, in turns."""
+    eta: Annotated[int, also("--opd-eta")] = Field(default=2, ge=1)
+    """Optimizer steps per turn of growth (the paper's stride)."""
+    k_max: Annotated[int | None, also("--opd-k-max")] = Field(default=None, ge=1)
+    """Largest window depth in turns; by default only max_turns (f2b) and the demonstration (b2f) bound it."""
+    step_origin: Literal[0, 1] = 0
+    """Number of the first optimizer step in k = k_start + step // eta: 1 in the paper (n = 1..N) and in its code."""
+    b2f_stop: Literal["horizon", "demonstration"] = "horizon"
+    """Where the b2f student stops: `horizon` is max_turns (released code), `demonstration` is L (paper)."""
+    missing_demonstration: Literal["outcome", "full"] = "outcome"
+    """b2f task without a demonstration: counted as `no_demonstration`, or played in full (released code)."""
+    demonstrations: Annotated[str, also("--opd-b2f-trajectory-path")] = ""
+    """JSONL of demonstrations: replayed by b2f, imitated by sft. `expert` asks the environment's own expert."""
+    mistake_rate: float = Field(default=0.0, ge=0, lt=1)
+    """sft on `expert`: share of turns at which a mistake is injected, not imitated, for the expert to recover from."""
+
+
+@validated(frozen=True, kw_only=True, config=STRICT)
+class ObjectiveConfig:
+    objective: Literal["reverse_kl", "forward_kl", "jsd", "sampled_token", "sft"] = "reverse_kl"
+    """Per-token loss. reverse_kl = KL(student||teacher), forward_kl = KL(teacher||student)."""
+    beta: float = Field(default=0.5, gt=0, lt=1)
+    """Teacher weight of the jsd mixture."""
+    kl_coef: Annotated[float, also("--opd-kl-coef")] = 1.0
+    """sampled_token: scale of the log-ratio advantage."""
+    eps_clip: float = Field(default=0.2, gt=0)
+    """sampled_token: lower PPO clip range."""
+    eps_clip_high: float = Field(default=0.2, gt=0)
+    """sampled_token: upper PPO clip range."""
+    eps_clip_c: float = Field(default=3.0, gt=1)
+    """sampled_token: dual-clip bound for negative advantages."""
+    teacher_temperature: float = Field(default=1.0, gt=0)
+    """Divides the teacher's logits. The student's are divided by rollout_temperature."""
+    loss_aggregation: Literal["token_mean", "turn_mean", "sequence_mean", "sequence_sum"] = "token_mean"
+    """How per-token losses become one number; see packing.py."""
+
+
+@validated(frozen=True, kw_only=True, config=STRICT)
+class RolloutConfig:
+    rollout_engine: Literal["embedded"] = "embedded"
+    """Who generates: `embedded` decodes in the trainer's processes."""
+    rollout_batch_size: int = Field(default=16, ge=1)
+    """Tasks per optimizer step, over all data-parallel replicas."""
+    n_samples_per_prompt: int = Field(default=1, ge=1)
+    """Episodes per task and step."""
+    rollout_temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature; the divergence uses the same."""
+    rollout_top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus of the sampler."""
+    rollout_max_response_len: int = Field(default=512, ge=1)
+    """Tokens per turn."""
+    rollout_max_context_len: int = Field(default=16384, ge=2)
+    """Tokens per row; an episode that would exceed it ends with `context_length`."""
+    max_turns: int = Field(default=30, ge=1)
+    """Horizon of an episode, replayed turns included."""
+    history_mode: Literal["full", "compact"] = "full"
+    """`full`: the whole conversation. `compact`: task and the last `history_length` observation/action lines."""
+    history_length: int = Field(default=2, ge=0)
+    """Observation/action lines in compact mode."""
+    action_format: Literal["plain", "tags"] = "plain"
+    """`plain`: the answer is the command. `tags`: <think>...</think><action>...</action>."""
+    max_running_requests: int = Field(default=64, ge=1)
+    """Completions decoded together by the embedded engine, per rank."""
+    max_total_tokens: int = Field(default=262144, ge=1)
+    """Token budget of the embedded engine's radix cache, per rank."""
+
+
+@validated(frozen=True, kw_only=True, config=STRICT)
+class EnvironmentConfig:
+    env: str = "household"
+    """Name in megatron_tcod.envs.ENVS."""
+    train_split: str = "train"
+    """Split that training tasks come from."""
+    env_options: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Passed to the environment as keyword arguments."""
+
+
+@validated(frozen=True, kw_only=True, config=STRICT)
+class EvaluationConfig:
+    eval_split: str = "held_out"
+    """Split that evaluation tasks come from."""
+    eval_tasks: int = Field(default=140, ge=1)
+    """Tasks played, from the start of the split."""
+    eval_interval: int = Field(default=0, ge=0)
+    """Optimizer steps between evaluations during training; 0 for none. One is always made at the end."""
+    eval_temperature: float = Field(default=0.4, ge=0)
+    """0 is greedy."""
+    eval_seed: int = 7
+    """Of the evaluation's sampling."""
+
+
+FIDELITY: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {
+        "objective": {"objective": "forward_kl", "loss_aggregation": "sequence_sum"},
+        "curriculum": {"step_origin": 1, "b2f_stop": "demonstration", "missing_demonstration": "outcome", "eta": 2},
+        "rollout": {"history_mode": "full", "action_format": "tags"},
+    },
+    "repo": {
+        "objective": {"objective": "sampled_token", "loss_aggregation": "token_mean", "kl_coef": 1.0, "eps_clip_c": 3.0},
+        "curriculum": {"step_origin": 1, "b2f_stop": "horizon", "missing_demonstration": "full", "eta": 5},
+        "rollout": {"history_mode": "compact", "history_length": 2, "action_format": "tags"},
+    },
+}
+"""Every switch at which the paper (arXiv 2604.24005, Eq. 2-5) and its released code differ."""
+
+
+@validated(frozen=True, kw_only=True, config=STRICT)
+class Config:
+    """Everything a run needs. Example: `load_config(["--config", "run.toml", "--curriculum", "b2f"])`."""
+
+    fidelity: Literal["none", "paper", "repo"] = "none"
+    """Sets every switch where the paper and its released code differ; file and flags still override single ones."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    curriculum: CurriculumConfig = dataclasses.field(default_factory=CurriculumConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    environment: EnvironmentConfig = dataclasses.field(default_factory=EnvironmentConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        check_fields_agree(self)
+
+
+def check_fields_agree(config: Config) -> None:
+    """The rules that span several fields; ConfigError names them and the fix."""
+    curriculum, rollout, objective = config.curriculum, config.rollout, config.objective.objective
+    if curriculum.curriculum == "b2f" and not curriculum.demonstrations and curriculum.missing_demonstration != "full":
+        raise ConfigError(
+            "demonstrations is empty but curriculum = b2f replays them; give --demonstrations FILE, "
+            "made by python -m megatron_tcod.demonstrate"
+        )
+    if objective == "sft" and not curriculum.demonstrations:
+        raise ConfigError("demonstrations is empty but objective = sft imitates them; give a JSONL file or `expert`")
+    if objective != "sft" and curriculum.demonstrations == "expert":
+        raise ConfigError("demonstrations = expert is for objective = sft; record a file with megatron_tcod.demonstrate")
+    if curriculum.curriculum == "f2b" and curriculum.k_max is not None and curriculum.k_max > rollout.max_turns:
+        raise ConfigError(f"k_max = {curriculum.k_max} exceeds max_turns = {rollout.max_turns}; lower k_max")
+    if curriculum.k_max is not None and curriculum.k_max < curriculum.k_start:
+        raise ConfigError(f"k_max = {curriculum.k_max} is below k_start = {curriculum.k_start}; raise k_max")
+    if objective == "sft" and rollout.history_mode == "compact":
+        raise ConfigError("history_mode = compact is not supported by objective = sft; use history_mode = full")
+    if config.training.lr < config.training.min_lr:
+        raise ConfigError(f"min_lr = {config.training.min_lr} exceeds lr = {config.training.lr}; lower min_lr")
+
+
+PARTS = {field.name: field.default_factory for field in dataclasses.fields(Config) if field.name != "fidelity"}
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain tables, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def read_file(path: str) -> dict[str, dict[str, Any]]:
+    """A TOML file as tables; ConfigError for an unreadable file, an unknown table or an unknown key."""
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror}; give an existing TOML file to --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} is not TOML: {error}") from None
+    homes = {field.name: part for part, kind in PARTS.items() for field in dataclasses.fields(kind)}
+    for part, table in tables.items():
+        if part == "fidelity":
+            continue
+        if part not in PARTS:
+            where = f"it belongs under [{homes[part]}]" if part in homes else nearest(part, [*PARTS, "fidelity"])
+            raise ConfigError(f"{path}: unknown table or top-level key {part!r}; {where}")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: [{part}] must be a table, got {table!r}")
+        known = [field.name for field in dataclasses.fields(PARTS[part])]
+        for key in table:
+            if key not in known:
+                where = f"it belongs under [{homes[key]}]" if key in homes else nearest(key, known)
+                raise ConfigError(f"{path}: unknown key {key!r} in [{part}]; {where}")
+    return tables
+
+
+def build(tables: dict[str, Any], source: str) -> Config:
+    """A Config from plain tables; ConfigError names the first field that does not fit."""
+    try:
+        return Config(**{name: PARTS[name](**table) if name in PARTS else table for name, table in tables.items()})
+    except pydantic.ValidationError as error:
+        if isinstance(cause := error.errors()[0].get("ctx", {}).get("error"), ConfigError):
+            raise cause from None
+        raise ConfigError(f"{source}: {describe(error)}") from None
+
+
+def describe(error: pydantic.ValidationError) -> str:
+    """The first complaint of pydantic in one line: field, expectation, value."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or error.title
+    return f"{field}: {first['msg']}, got {first['input']!r}"
+
+
+def merge(*layers: dict[str, Any]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            merged[name] = {**merged.get(name, {}), **value} if isinstance(value, dict) else value
+    return merged
+
+
+def take_flag(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of `--flag VALUE` or `--flag=VALUE` and the other arguments."""
+    for index, argument in enumerate(argv):
+        if argument == flag:
+            if index + 1 == len(argv):
+                raise ConfigError(f"{flag} needs a value")
+            return argv[index + 1], argv[:index] + argv[index + 2 :]
+        if argument.startswith(flag + "="):
+            return argument.partition("=")[2], argv[:index] + argv[index + 1 :]
+    return None, argv
+
+
+def load_config(argv: Sequence[str], *, prog: str = "megatron_tcod") -> Config:
+    """Resolve defaults, fidelity preset, `--config FILE` and flags. Prints help and leaves by SystemExit(0) on --help."""
+    path, rest = take_flag(list(argv), "--config")
+    tables = read_file(path) if path else {}
+    fidelity, rest = take_flag(rest, "--fidelity")
+    fidelity = fidelity or tables.get("fidelity", "none")
+    if fidelity not in ("none", *FIDELITY):
+        raise ConfigError(f"fidelity = {fidelity!r}; {nearest(str(fidelity), ['none', *FIDELITY])}")
+    layers = merge(FIDELITY.get(fidelity, {}), tables, {"fidelity": fidelity})
+    return parse_flags(layers, path or "defaults", rest, prog)
+
+
+def parse_flags(tables: dict[str, Any], source: str, argv: list[str], prog: str) -> Config:
+    """Flags over tables. The cross-field rules run once, on the result."""
+    parts = {}
+    for name, kind in PARTS.items():
+        try:
+            parts[name] = kind(**tables.get(name, {}))
+        except pydantic.ValidationError as error:
+            raise ConfigError(f"{source}: [{name}] {describe(error)}") from None
+    unchecked = dataclasses.make_dataclass(
+        "Flags", [(name, PARTS[name], dataclasses.field(default=part)) for name, part in parts.items()], kw_only=True
+    )
+    unchecked.__doc__ = "Every flag is also a key of the TOML file given to --config FILE; --fidelity paper|repo presets."
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint), redirect_stdout(sys.stdout):
+            flags = tyro.cli(unchecked, args=argv, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    except pydantic.ValidationError as error:
+        raise ConfigError(describe(error)) from None
+    except SystemExit as leaving:
+        if not leaving.code:
+            raise
+        raise ConfigError(explain_flag_error(argv, complaint.getvalue())) from None
+    chosen = {name: dataclasses.asdict(getattr(flags, name)) for name in PARTS}
+    return build({**chosen, "fidelity": tables["fidelity"]}, "settings")
+
+
+def explain_flag_error(argv: list[str], complaint: str) -> str:
+    """One line instead of tyro's box: the unknown flag with its nearest name, or what the box says."""
+    known = ["--" + field.name.replace("_", "-") for kind in PARTS.values() for field in dataclasses.fields(kind)]
+    for argument in argv:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag not in known and not flag.startswith(("--opd-", "--no-")):
+            return f"unknown flag {flag}; {nearest(flag, known)}"
+    lines = [line.strip(" │╭╮╰╯─\n") for line in complaint.splitlines()]
+    text = " ".join(line for line in lines if line and not line.startswith(("For full", "Parsing error")))
+    if bound := re.search(r"validation errors? for \w+ (\w+) (.+?) \[type=\w+, input_value=(.+?), input_type", text):
+        return f"--{bound[1].replace('_', '-')}: {bound[2]}, got {bound[3]}"
+    return text.partition(" Argument helptext")[0].removeprefix("Value error ").removeprefix("Invalid choice ")
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as a file that `--config` reads back to the same Config."""
+    lines = [f"fidelity = {json.dumps(config.fidelity)}"]
+    for part in PARTS:
+        lines += ["", f"[{part}]"]
+        for key, value in dataclasses.asdict(getattr(config, part)).items():
+            if isinstance(value, dict):
+                items = ", ".join(f"{json.dumps(name)} = {json.dumps(item)}" for name, item in value.items())
+                lines.append(f"{key} = {{ {items} }}" if items else f"{key} = {{}}")
+            elif value is not None:
+                lines.append(f"{key} = {json.dumps(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def run_entry_point(main: Callable[[list[str]], int | None]) -> None:
+    """Call an entry point; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        raise SystemExit(main(sys.argv[1:]) or 0)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,135 @@
+"""Configuration: precedence, round trip, and one message for each mistake."""
+
+import dataclasses
+import random
+import subprocess
+import sys
+
+import pytest
+
+from megatron_tcod.config import FIDELITY, PARTS, ConfigError, load_config, to_toml
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_flags_override_the_file_which_overrides_the_preset_which_overrides_the_defaults(tmp_path):
+    path = write(tmp_path, 'fidelity = "repo"\n[curriculum]\neta = 7\n[training]\nlr = 2e-4\nseed = 1\n')
+    config = load_config(["--config", path, "--lr", "3e-4"])
+    assert (config.training.lr, config.training.seed) == (3e-4, 1)
+    assert config.curriculum.eta == 7
+    assert config.objective.objective == "sampled_token"
+    assert config.training.clip_grad == 1.0
+
+
+@pytest.mark.parametrize("name", FIDELITY)
+def test_fidelity_sets_every_switch_it_lists(name):
+    config = load_config(["--fidelity", name])
+    for part, settings in FIDELITY[name].items():
+        for key, value in settings.items():
+            assert getattr(getattr(config, part), key) == value
+
+
+def test_paper_and_released_code_differ_where_the_facts_say():
+    paper, repo = load_config(["--fidelity", "paper"]), load_config(["--fidelity", "repo"])
+    assert (paper.objective.objective, repo.objective.objective) == ("forward_kl", "sampled_token")
+    assert (paper.curriculum.b2f_stop, repo.curriculum.b2f_stop) == ("demonstration", "horizon")
+    assert (paper.rollout.history_mode, repo.rollout.history_mode) == ("full", "compact")
+    assert (paper.objective.loss_aggregation, repo.objective.loss_aggregation) == ("sequence_sum", "token_mean")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "part", "field"),
+    [
+        ("--opd-curriculum-variant", "f2b", "curriculum", "curriculum"),
+        ("--opd-k-start", 3, "curriculum", "k_start"),
+        ("--opd-eta", 5, "curriculum", "eta"),
+        ("--opd-k-max", 9, "curriculum", "k_max"),
+        ("--opd-b2f-trajectory-path", "d.jsonl", "curriculum", "demonstrations"),
+        ("--max-tokens-per-gpu", 99, "training", "max_tokens_per_microbatch"),
+        ("--hf-checkpoint", "dir", "model", "student"),
+    ],
+)
+def test_names_of_other_frameworks_are_understood(flag, value, part, field):
+    assert getattr(getattr(load_config([flag, str(value)]), part), field) == value
+
+
+def test_the_resolved_configuration_reads_back_equal(tmp_path):
+    config = load_config(["--fidelity", "paper", "--curriculum", "f2b", "--k-max", "12", "--env-options", "size", "3"])
+    assert load_config(["--config", write(tmp_path, to_toml(config))]) == config
+
+
+def test_flat_flag_names_are_unique_over_all_parts():
+    names = [field.name for kind in PARTS.values() for field in dataclasses.fields(kind)]
+    assert len(names) == len(set(names))
+
+
+def test_every_field_is_documented():
+    for kind in PARTS.values():
+        for name, field in kind.__pydantic_fields__.items():
+            assert field.description, f"{kind.__name__}.{name} has no docstring"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[curriculum]\neeta = 3\n", "unknown key 'eeta' in \\[curriculum\\]; did you mean 'eta'"),
+        ("[curriculum]\nlr = 3\n", "'lr' in \\[curriculum\\]; it belongs under \\[training\\]"),
+        ("eta = 3\n", "'eta'; it belongs under \\[curriculum\\]"),
+        ("[curiculum]\neta = 3\n", "did you mean 'curriculum'"),
+        ("[curriculum]\neta = 'many'\n", "\\[curriculum\\] eta: .*integer.*'many'"),
+        ("[curriculum]\neta = 0\n", "eta: .*greater than or equal to 1, got 0"),
+        ("curriculum = 3\n", "must be a table"),
+        ("[curriculum\n", "is not TOML"),
+        ('fidelity = "papper"\n', "did you mean 'paper'"),
+        ("[curriculum]\ncurriculum = 'b2f'\n", "demonstrations is empty"),
+    ],
+)
+def test_a_mistake_in_the_file_gets_one_message(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(["--config", write(tmp_path, text)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--tensor-paralel-size", "2"], "did you mean '--tensor-model-parallel-size'"),
+        (["--eta", "x"], "--eta: invalid literal"),
+        (["--eta", "0"], "--eta: Input should be greater than or equal to 1, got 0"),
+        (["--curriculum", "both"], "'both'.*'full', 'f2b', 'b2f'"),
+        (["--config"], "--config needs a value"),
+        (["--config", "absent.toml"], "absent.toml: No such file"),
+        (["--k-max", "5", "--k-start", "6"], "k_max = 5 is below k_start = 6"),
+        (["--curriculum", "f2b", "--k-max", "31"], "k_max = 31 exceeds max_turns = 30"),
+        (["--objective", "sft"], "demonstrations is empty"),
+        (["--demonstrations", "expert"], "objective = sft"),
+        (["--min-lr", "1"], "min_lr = 1.0 exceeds lr"),
+    ],
+)
+def test_a_mistake_on_the_command_line_gets_one_message(argv, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_mutated_files_never_raise_anything_else(tmp_path):
+    text = to_toml(load_config([]))
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        at, length = rng.randrange(len(text)), rng.randrange(1, 8)
+        mutated = text[:at] + "".join(rng.choice("ab=[]'\"\n9.-{}") for _ in range(length)) + text[at + length :]
+        try:
+            load_config(["--config", write(tmp_path, mutated)])
+        except ConfigError:
+            refused += 1
+    assert refused > 150
+
+
+def test_reading_the_configuration_imports_neither_torch_nor_megatron():
+    code = "import sys, megatron_tcod.config; sys.exit(any(m.split('.')[0] in ('torch', 'megatron') for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
