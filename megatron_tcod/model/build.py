@@ -1,0 +1,347 @@
+"""Dense decoder models as megatron-core GPTModel chunks.
+
+    chunks = build_model(shape, layout, dtype=torch.float32, seed=0, wrap_ddp=True)   # this rank's chunks
+    hidden = forward_hidden(chunks[-1], microbatch)                                   # [T, H] on the last stage
+    head = output_head(chunks)                                                        # [V_padded/tp, H]
+
+A `ModelShape` says all that matters about an architecture without naming Megatron: RMSNorm, RoPE, grouped-query
+attention, SwiGLU, no dropout. Weights are drawn per parameter name, so one seed gives one model in every layout.
+RoPE scaling, sliding windows, mixtures of experts and Transformer Engine layers are not built here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_tcod.model import cpu, parallel
+from megatron_tcod.model.layers import HiddenOutput, PackedAttention, PackedRows, RMSNorm, SwiGLU
+from megatron_tcod.model.parallel import ParallelLayout
+from megatron_tcod.trajectory import Microbatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Architecture facts of a dense decoder.
+
+    Example: `ModelShape(num_layers=4, hidden_size=128, ffn_hidden_size=384, num_attention_heads=4, num_query_groups=2,
+    kv_channels=32, vocab_size=507)`
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    """Key-value heads."""
+    kv_channels: int
+    """Channels of one head."""
+    vocab_size: int
+    """Real entries, without padding."""
+    rotary_base: float = 10_000.0
+    layernorm_epsilon: float = 1e-6
+    tie_word_embeddings: bool = False
+    qk_layernorm: bool = False
+    add_qkv_bias: bool = False
+    max_position_embeddings: int = 32_768
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
+                f"{self.num_query_groups}; every key-value head serves the same number of query heads"
+            )
+        if self.kv_channels % 2:
+            raise ValueError(f"kv_channels {self.kv_channels} must be even: RoPE rotates pairs of channels")
+
+
+def padded_vocab_size(vocab_size: int, tp: int, divisible_by: int = 128) -> int:
+    """The smallest multiple of `divisible_by * tp` that holds the vocabulary."""
+    unit = divisible_by * tp
+    return (vocab_size + unit - 1) // unit * unit
+
+
+def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
+    """ValueError when the model cannot be cut this way, naming the size at fault."""
+    tp = layout.tensor_model_parallel_size
+    for name in ("num_attention_heads", "ffn_hidden_size"):
+        if getattr(shape, name) % tp:
+            raise ValueError(
+                f"tensor_model_parallel_size {tp} does not divide {name} {getattr(shape, name)}; choose a divisor"
+            )
+    groups = shape.num_query_groups
+    if groups % tp and tp % groups:
+        raise ValueError(
+            f"tensor_model_parallel_size {tp} and num_query_groups {groups}: one must divide the other; choose such a tp"
+        )
+    num_chunks = layout.pipeline_model_parallel_size * (layout.virtual_pipeline_model_parallel_size or 1)
+    if shape.num_layers % num_chunks:
+        raise ValueError(
+            f"num_layers {shape.num_layers} is not a multiple of the {num_chunks} pipeline chunks "
+            f"(pp {layout.pipeline_model_parallel_size} x virtual {layout.virtual_pipeline_model_parallel_size or 1})"
+        )
+
+
+def transformer_config(shape: ModelShape, layout: ParallelLayout, *, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of `shape`, with the settings that packed rows, CPU hosts and our loss rely on."""
+    interleaved = layout.virtual_pipeline_model_parallel_size is not None
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.layernorm_epsilon,
+        qk_layernorm=shape.qk_layernorm,
+        add_qkv_bias=shape.add_qkv_bias,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        use_te_activation_func=True,  # Megatron's hook for an activation module: layers.SwiGLU
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        variable_seq_lengths=True,  # microbatches differ in T; the config check ties it to the alltoall dispatcher
+        moe_token_dispatcher_type="alltoall",
+        overlap_p2p_comm=interleaved,  # interleaving without it receives wrong tensors in silence
+        batch_p2p_comm=not interleaved,
+        calculate_per_token_loss=True,  # loss_weight already normalises: no division by data-parallel size
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,  # initialize_weights draws per name instead
+        gradient_accumulation_fusion=False,
+    )
+
+
+def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Megatron's local layer with our norm, attention and activation in it, for the layers of this chunk."""
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    parts.mlp.submodules.activation_func = SwiGLU
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def build_model(
+    shape: ModelShape,
+    layout: ParallelLayout,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int | None,
+    wrap_ddp: bool,
+) -> list[torch.nn.Module]:
+    """This rank's model chunks: one, or `virtual_pipeline_model_parallel_size` of them. Collective.
+
+    `seed` None leaves the weights unset for a loader that sets every one of them. With `wrap_ddp` each chunk is wrapped
+    in Megatron's DistributedDataParallel and holds fp32 `main_grad` buffers, otherwise no parameter takes gradients.
+    ValueError when the layout does not divide the shape.
+    """
+    check_layout(shape, layout)
+    config = transformer_config(shape, layout, dtype=dtype)
+    num_chunks = layout.virtual_pipeline_model_parallel_size or 1
+    stages = [None] if num_chunks == 1 else list(range(num_chunks))
+    chunks: list[torch.nn.Module] = [_build_chunk(shape, config, vp_stage) for vp_stage in stages]
+    mark_parameters(chunks)
+    if seed is not None:
+        initialize_weights(chunks, shape, seed=seed)
+    if dtype is torch.bfloat16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    if not wrap_ddp:
+        return [chunk.requires_grad_(False) for chunk in chunks]
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+    return [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def _build_chunk(shape: ModelShape, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
+    num_chunks = config.virtual_pipeline_model_parallel_size or 1
+    chunk_index = vp_stage or 0
+    with cpu.tensor_cuda_is_identity():
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=_block_spec(config, vp_stage),
+            vocab_size=padded_vocab_size(shape.vocab_size, config.tensor_model_parallel_size),
+            max_sequence_length=shape.max_position_embeddings,
+            pre_process=parallel.is_first_stage() and chunk_index == 0,
+            post_process=parallel.is_last_stage() and chunk_index == num_chunks - 1,
+            share_embeddings_and_output_weights=shape.tie_word_embeddings,
+            position_embedding_type="none",  # PackedAttention rotates
+            vp_stage=vp_stage,
+        )
+    if chunk.post_process:
+        chunk.output_layer.__class__ = HiddenOutput
+    chunk.shape = shape
+    return chunk.to(parallel.device())
+
+
+def unwrap(chunk: torch.nn.Module) -> GPTModel:
+    """The GPTModel inside DistributedDataParallel and Float16Module."""
+    while not isinstance(chunk, GPTModel):
+        chunk = chunk.module
+    return chunk
+
+
+def named_parameters(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """This rank's parameters under their name in the whole model: layers are counted over all stages.
+
+    The output layer of a tied model is a copy of the embedding on a last stage that is not the first; it appears there
+    as `output_layer.weight`.
+    """
+    for chunk in map(unwrap, chunks):
+        numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+        for name, parameter in chunk.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = str(numbers[int(parts[2])])
+            yield ".".join(parts), parameter
+
+
+SHARDING = {
+    "embedding.word_embeddings.weight": "vocab",
+    "output_layer.weight": "vocab",
+    "self_attention.linear_qkv.weight": "column",
+    "self_attention.linear_qkv.bias": "column",
+    "self_attention.linear_proj.weight": "row",
+    "mlp.linear_fc1.weight": "gate_up",
+    "mlp.linear_fc2.weight": "row",
+    "layernorm.weight": "replicated",
+}
+"""End of a parameter's name -> how tensor parallelism cuts it. vocab, column: dim 0; row: dim 1; gate_up: dim 0 of the
+gate half and of the up half, each on its own, stacked again on every rank."""
+
+
+def sharding(name: str) -> str:
+    """The entry of `SHARDING` for a parameter's name."""
+    for end, kind in SHARDING.items():
+        if name.endswith(end):
+            return kind
+    raise AssertionError(f"no sharding rule for parameter {name}")
+
+
+def shard(full: Tensor, kind: str, *, tp_rank: int, tp_size: int) -> Tensor:
+    """Rank `tp_rank`'s part of a full tensor cut as `kind`; a vocabulary must be padded already."""
+    if kind == "replicated":
+        return full
+    if kind == "row":
+        return full.chunk(tp_size, 1)[tp_rank]
+    if kind == "gate_up":
+        gate, up = full.chunk(2, 0)
+        return torch.cat([gate.chunk(tp_size, 0)[tp_rank], up.chunk(tp_size, 0)[tp_rank]])
+    return full.chunk(tp_size, 0)[tp_rank]
+
+
+def unshard(shards: list[Tensor], kind: str) -> Tensor:
+    """The inverse of `shard`, given every rank's part in rank order."""
+    if kind == "replicated":
+        return shards[0]
+    if kind == "row":
+        return torch.cat(shards, 1)
+    if kind == "gate_up":
+        halves = [part.chunk(2, 0) for part in shards]
+        return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
+    return torch.cat(shards, 0)
+
+
+def mark_parameters(chunks: list[torch.nn.Module]) -> None:
+    """Set what Megatron's own initialisation would: which parameters are cut, so that the norm counts each once."""
+    for name, parameter in named_parameters(chunks):
+        kind = sharding(name)
+        if kind != "replicated":
+            stride = 2 if kind == "gate_up" else 1
+            for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+                if hasattr(parameter, attribute):
+                    delattr(parameter, attribute)
+            set_tensor_model_parallel_attributes(parameter, True, 1 if kind == "row" else 0, stride)
+
+
+def initialize_weights(chunks: list[torch.nn.Module], shape: ModelShape, *, seed: int) -> None:
+    """Draw every weight from a generator of its own, seeded by `seed` and its name: equal in every layout.
+
+    Normal with `init_std`, divided by sqrt(2 * num_layers) where a layer adds to the residual stream; norms one, biases
+    and vocabulary padding zero.
+    """
+    for name, parameter in named_parameters(chunks):
+        kind = sharding(name)
+        full = _draw(name, kind, parameter, shape, seed=seed)
+        part = shard(full, kind, tp_rank=parallel.tp_rank(), tp_size=parallel.tp_size())
+        parameter.data.copy_(part)
+
+
+def _draw(name: str, kind: str, parameter: Tensor, shape: ModelShape, *, seed: int) -> Tensor:
+    """The full fp32 tensor of one parameter, vocabulary padding included."""
+    sizes = list(parameter.shape)
+    if kind != "replicated":
+        sizes[1 if kind == "row" else 0] *= parallel.tp_size()
+    if name.endswith("layernorm.weight"):
+        return torch.ones(sizes)
+    if name.endswith(".bias"):
+        return torch.zeros(sizes)
+    if shape.tie_word_embeddings and name == "output_layer.weight":
+        name = "embedding.word_embeddings.weight"
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    std = shape.init_std / (2 * shape.num_layers) ** 0.5 if kind == "row" else shape.init_std
+    if kind != "vocab":
+        return torch.empty(sizes).normal_(0.0, std, generator=generator)
+    full = torch.zeros(sizes)  # [V_padded, H]
+    full[: shape.vocab_size] = torch.empty(shape.vocab_size, sizes[1]).normal_(0.0, std, generator=generator)
+    return full
+
+
+def packed_rows(chunk: torch.nn.Module, cu_seqlens: Tensor) -> PackedRows:
+    """What the attention of `chunk` needs to know about rows packed at `cu_seqlens [B+1]`."""
+    model: Any = unwrap(chunk)
+    shape: ModelShape = model.shape
+    return PackedRows.build(
+        cu_seqlens, head_dim=shape.kv_channels, rotary_base=shape.rotary_base, dtype=model.config.params_dtype
+    )
+
+
+def forward_hidden(chunk: torch.nn.Module, microbatch: Microbatch) -> Tensor:
+    """One chunk's forward pass over packed rows.
+
+    The last chunk of the pipeline returns hidden states after the final norm [1, T, H] (batch first, as Megatron's
+    output layer leaves them), any other chunk [T, 1, H] for the next stage; the input of a chunk that is not the first
+    is what the schedule set with `set_input_tensor`.
+    """
+    rows = packed_rows(chunk, microbatch.cu_seqlens)
+    return chunk(microbatch.token_ids[None], None, None, packed_seq_params=rows)
+
+
+def output_head(chunks: list[torch.nn.Module]) -> Tensor:
+    """This rank's shard of the output head [V_padded/tp, H], the embedding where tied. Last stage only."""
+    model = unwrap(chunks[-1])
+    assert model.post_process, "only the last pipeline stage holds the output head"
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight

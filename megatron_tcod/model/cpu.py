@@ -1,0 +1,131 @@
+"""Where megatron-core assumes CUDA, and what stands there on a host without it.
+
+Call `install()` once before a model is built (`parallel.initialize` does). torch itself stays as it is: each module
+in `SITES` gets a private `torch` name whose `cuda.*` bookkeeping is empty and whose factories read `device="cuda"` as
+the CPU. Two places call tensor methods, which a module name cannot reach; they get a context manager to hold around
+one constructor each: `tensor_cuda_is_identity`, `tensor_type_names_cuda`.
+
+With CUDA available everything here is a no-op. It does not make CUDA-only features (fused kernels, Transformer Engine,
+dropout that differs between tensor-parallel ranks) work on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import megatron.core
+import torch
+
+TESTED_VERSIONS = ("0.16.1",)
+"""megatron-core versions whose CUDA call sites were read and run on a CPU."""
+
+SITES = {
+    "utils": "GlobalMemoryBuffer and the l2 norm allocate on torch.cuda.current_device()",
+    "tensor_parallel.random": "activation recompute reads and sets the CUDA generator",
+    "pipeline_parallel.schedules": "the token counter of each schedule is a device='cuda' tensor",
+    "pipeline_parallel.p2p_communication": "receive buffers, shape tensors, a synchronize() after each exchange",
+    "distributed.param_and_grad_buffer": "gradient buffers are allocated on torch.cuda.current_device()",
+    "optimizer.optimizer": "loss scale and overflow flags are device='cuda' tensors",
+    "optimizer.clip_grads": "the gradient norm is a device='cuda' tensor",
+}
+"""Module under `megatron.core` -> the reason why it needs the private `torch` name."""
+
+_CPU = torch.device("cpu")
+
+
+def _on_cpu(factory: Any) -> Any:
+    """The tensor factory with every CUDA `device=` argument read as the CPU."""
+
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return staticmethod(make)
+
+
+class _CudaName(types.ModuleType):
+    """Stands for `torch.cuda` inside one megatron module; whatever is not listed is the real thing."""
+
+    current_device = staticmethod(lambda: _CPU)
+    synchronize = staticmethod(lambda *args, **kwargs: None)
+    manual_seed = staticmethod(lambda seed: None)
+    get_rng_state = staticmethod(lambda *args, **kwargs: torch.get_rng_state())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+
+class _TorchName(types.ModuleType):
+    """Stands for `torch` inside one megatron module; whatever is not listed is the real thing."""
+
+    cuda = _CudaName("torch.cuda")
+    empty, zeros, ones, tensor = (_on_cpu(make) for make in (torch.empty, torch.zeros, torch.ones, torch.tensor))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+_TORCH = _TorchName("torch")
+
+
+def check_version(version: str) -> None:
+    """ValueError unless this megatron-core was tested with the sites above."""
+    if version not in TESTED_VERSIONS:
+        tested = " or ".join(TESTED_VERSIONS)
+        raise ValueError(
+            f"megatron-core {version} is not known to run on a CPU host: the CUDA call sites patched by model/cpu.py "
+            f"were tested with {tested}; run `pip install megatron-core=={TESTED_VERSIONS[-1]}` or use a CUDA host"
+        )
+
+
+def install() -> bool:
+    """Retarget the modules of `SITES` to the CPU; True when that was needed. Calling it again changes nothing."""
+    if torch.cuda.is_available():
+        return False
+    check_version(megatron.core.__version__)
+    for name in SITES:
+        module = importlib.import_module(f"megatron.core.{name}")
+        assert module.torch is torch or module.torch is _TORCH, f"{name} no longer imports torch as `torch`"
+        module.torch = _TORCH
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    # The original queues a call for the moment when CUDA initialises, which never comes: the queue only grows.
+    random._set_cuda_rng_state = lambda *args, **kwargs: None
+    random.initialize_rng_tracker(inference_rng_tracker=True)  # fork() does nothing; all dropout is 0
+    return True
+
+
+@contextlib.contextmanager
+def _tensor_method(name: str, method: Any) -> Iterator[None]:
+    original = getattr(torch.Tensor, name)
+    setattr(torch.Tensor, name, method)
+    try:
+        yield
+    finally:
+        setattr(torch.Tensor, name, original)
+
+
+def tensor_cuda_is_identity() -> contextlib.AbstractContextManager[None]:
+    """Hold around GPTModel(...): tying embeddings over pipeline stages calls `weight.data.cuda()`."""
+    if torch.cuda.is_available():
+        return contextlib.nullcontext()
+    return _tensor_method("cuda", lambda self, *args, **kwargs: self)
+
+
+def tensor_type_names_cuda() -> contextlib.AbstractContextManager[None]:
+    """Hold around the bf16 optimizer's constructor: it sorts parameters by the string of `param.type()`."""
+    if torch.cuda.is_available():
+        return contextlib.nullcontext()
+    original = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original(self, *args, **kwargs)
+        return original(self).replace("torch.", "torch.cuda.", 1)
+
+    return _tensor_method("type", type_name)

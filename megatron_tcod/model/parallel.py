@@ -1,0 +1,209 @@
+"""The process mesh: tensor x pipeline x data parallel ranks on torch.distributed and Megatron's parallel_state.
+
+    layout = ParallelLayout(tensor_model_parallel_size=2)
+    initialize(layout)            # under torchrun, or alone as a world of one
+    ...
+    shutdown()
+
+gloo without CUDA, NCCL with it. Bytes travel as tensors (`all_gather_bytes`), never as pickled objects.
+Context parallelism and sequence parallelism are refused, not approximated.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_tcod.model import cpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelLayout:
+    """How one model replica is cut over ranks; data parallelism is what remains of the world.
+
+    Example: `ParallelLayout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)` on 8 ranks has dp 2.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline rank; None is the plain 1F1B schedule, 2 or more the interleaved one."""
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.context_parallel_size > 1:
+            raise ValueError(
+                f"context_parallel_size {self.context_parallel_size} is not supported yet, expected 1; use tensor or "
+                "pipeline parallelism, or shorter rows"
+            )
+        if self.sequence_parallel:
+            raise ValueError("sequence_parallel is not supported yet; leave it off")
+        virtual = self.virtual_pipeline_model_parallel_size
+        if virtual is not None and (virtual < 2 or self.pipeline_model_parallel_size < 2):
+            raise ValueError(
+                f"virtual_pipeline_model_parallel_size {virtual} needs at least 2 chunks and "
+                f"pipeline_model_parallel_size >= 2, got {self.pipeline_model_parallel_size}; leave it unset for the "
+                "schedule without interleaving"
+            )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks in one model replica."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+def check_world_size(layout: ParallelLayout, world_size: int) -> int:
+    """The data-parallel size; ValueError when no whole number of replicas fills the world."""
+    dp, rest = divmod(world_size, layout.model_parallel_size)
+    if rest or dp == 0:
+        tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+        cp, unit = layout.context_parallel_size, layout.model_parallel_size
+        raise ValueError(
+            f"world size {world_size} != tp {tp} * pp {pp} * cp {cp} * dp for any whole dp; start a multiple of {unit} "
+            f"processes (torchrun --nproc-per-node {unit * max(1, dp + (rest > 0))}) or change the parallel sizes"
+        )
+    return dp
+
+
+def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_minutes: float = 10) -> None:
+    """Join the world and build Megatron's process groups for `layout`. Collective over all ranks.
+
+    Under torchrun (RANK, WORLD_SIZE in the environment) it joins that world, otherwise it is a world of one. Called
+    again, it keeps the world and replaces the groups. ValueError when the world size does not fit the layout.
+    """
+    cpu.install()
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if not dist.is_initialized():
+        check_world_size(layout, int(os.environ.get("WORLD_SIZE", "1")))
+        _join_world(timeout)
+    check_world_size(layout, dist.get_world_size())
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _join_world(timeout: datetime.timedelta) -> None:
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def shutdown() -> None:
+    """Leave the world and forget Megatron's groups; safe to call twice."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    return dist.get_world_size()
+
+
+def tp_group() -> dist.ProcessGroup:
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def tp_rank() -> int:
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def tp_size() -> int:
+    return parallel_state.get_tensor_model_parallel_world_size()
+
+
+def pp_group() -> dist.ProcessGroup:
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def pp_rank() -> int:
+    return parallel_state.get_pipeline_model_parallel_rank()
+
+
+def pp_size() -> int:
+    return parallel_state.get_pipeline_model_parallel_world_size()
+
+
+def dp_group() -> dist.ProcessGroup:
+    return parallel_state.get_data_parallel_group()
+
+
+def dp_rank() -> int:
+    return parallel_state.get_data_parallel_rank()
+
+
+def dp_size() -> int:
+    return parallel_state.get_data_parallel_world_size()
+
+
+def replica_group() -> dist.ProcessGroup:
+    """The tp * pp ranks that hold this rank's copy of the model."""
+    return parallel_state.get_model_parallel_group()
+
+
+def replica_ranks() -> list[int]:
+    """Global ranks of `replica_group`."""
+    return dist.get_process_group_ranks(replica_group())
+
+
+def is_first_stage() -> bool:
+    """Whether this rank holds the embedding."""
+    return pp_rank() == 0
+
+
+def is_last_stage() -> bool:
+    """Whether this rank holds the output head, and so hidden states, targets and losses."""
+    return pp_rank() == pp_size() - 1
+
+
+def last_stage_rank() -> int:
+    """Global rank of the last stage of this rank's pipeline."""
+    return parallel_state.get_pipeline_model_parallel_last_rank()
+
+
+def all_gather_bytes(data: bytes, *, group: dist.ProcessGroup | None = None) -> list[bytes]:
+    """The bytes of every rank of `group` (default: the world), in rank order, on every rank. Collective."""
+    size = dist.get_world_size(group)
+    lengths = torch.zeros(size, dtype=torch.int64, device=device())  # [ranks]
+    dist.all_gather_into_tensor(lengths, torch.tensor([len(data)], device=device()), group=group)
+    longest = int(lengths.max())
+    if longest == 0:
+        return [b""] * size
+    mine = torch.zeros(longest, dtype=torch.uint8, device=device())
+    if data:
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(mine.device)
+    gathered = torch.empty(size, longest, dtype=torch.uint8, device=device())  # [ranks, longest]
+    dist.all_gather_into_tensor(gathered.view(-1), mine, group=group)
+    rows = gathered.cpu()
+    return [row[:length].numpy().tobytes() for row, length in zip(rows, lengths.tolist(), strict=True)]
