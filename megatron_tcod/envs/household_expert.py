@@ -7,8 +7,8 @@
 
 Whoever acted, `observe` every answer and `act` says what to do now, so the expert can take over from a student at any
 turn. It looks around in the order in which the first observation lists the places, always on from where it
-stands and around the end to the first; it opens what is closed, takes what the task names, and goes back for what it has
-seen. Where it stands decides, not a plan, so one rule serves the undisturbed run and the recovery from a mistake.
+stands and around the end to the first; it opens what is closed, takes what the task names, and goes back for what it
+has seen. Where it stands decides, not a plan, so one rule serves the undisturbed run and the recovery from a mistake.
 
 It is complete, not shortest: it may pass a place twice after a mistake, and it never guesses where a thing could be.
 """

@@ -6,13 +6,14 @@
     episode.step("go to countertop 1")    # countertop 1: mug 1, apple 1.
     episode.step("take apple 1 from countertop 1")    # countertop 1: mug 1. hold apple 1.
 
-Every answer is one state line, `PLACE: CONTENTS.` and `hold OBJECT.` while something is carried, so that what to do next
+Every answer is one state line, `PLACE: CONTENTS.` and `hold OBJECT.` while something is carried, so that the next move
 follows from the last observation, the task and the order of the places; where things were seen earlier is the
 only thing to remember. A refused command answers `Nothing happens.` and then the state line. A closed container says
 `closed` until it is opened. One hand: whoever holds something cannot take a second thing.
 
 This file holds the room, its rules and how a room is drawn. It does not know splits, seeds or the expert
-(`household.py`, `household_expert.py`), and it is no physics: an object's state is the last of hot, clean, cool done to it.
+(`household.py`, `household_expert.py`), and it is no physics: an object's state is the last of hot, clean, cool that
+was done to it.
 """
 
 from __future__ import annotations
