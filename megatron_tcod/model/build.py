@@ -22,7 +22,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
-from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -172,8 +171,6 @@ def build_model(
     mark_parameters(chunks)
     if seed is not None:
         initialize_weights(chunks, shape, seed=seed)
-    if dtype is torch.bfloat16:
-        chunks = [Float16Module(config, chunk) for chunk in chunks]
     if not wrap_ddp:
         return [chunk.requires_grad_(False) for chunk in chunks]
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
@@ -205,7 +202,7 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, vp_stage: int | N
 
 
 def unwrap(chunk: torch.nn.Module) -> GPTModel:
-    """The GPTModel inside DistributedDataParallel and Float16Module."""
+    """The GPTModel inside DistributedDataParallel, or the chunk itself."""
     while not isinstance(chunk, GPTModel):
         chunk = chunk.module
     return chunk
@@ -327,14 +324,15 @@ def packed_rows(chunk: torch.nn.Module, cu_seqlens: Tensor) -> PackedRows:
     )
 
 
-def forward_hidden(chunk: torch.nn.Module, microbatch: Microbatch) -> Tensor:
-    """One chunk's forward pass over packed rows.
+def forward_hidden(chunk: torch.nn.Module, microbatch: Microbatch, *, rows: PackedRows | None = None) -> Tensor:
+    """One chunk's forward pass over packed rows; `rows` saves working them out again for a further chunk.
 
-    The last chunk of the pipeline returns hidden states after the final norm [1, T, H] (batch first, as Megatron's
-    output layer leaves them), any other chunk [T, 1, H] for the next stage; the input of a chunk that is not the first
-    is what the schedule set with `set_input_tensor`.
+    The last chunk of the pipeline returns the hidden states after the final norm [1, T, H] (batch first, as Megatron
+    leaves its output), any other chunk [T, 1, H] for the next stage. The input of a chunk that is not the first is
+    what the schedule set with `set_input_tensor`.
     """
-    rows = packed_rows(chunk, microbatch.cu_seqlens)
+    if rows is None:
+        rows = packed_rows(chunk, microbatch.cu_seqlens)
     return chunk(microbatch.token_ids[None], None, None, packed_seq_params=rows)
 
 

@@ -25,6 +25,7 @@ TESTED_VERSIONS = ("0.16.1",)
 
 SITES = {
     "utils": "GlobalMemoryBuffer and the l2 norm allocate on torch.cuda.current_device()",
+    "tensor_parallel.mappings": "gathers heads along the last dimension where tp exceeds the key-value heads",
     "tensor_parallel.random": "activation recompute reads and sets the CUDA generator",
     "pipeline_parallel.schedules": "the token counter of each schedule is a device='cuda' tensor",
     "pipeline_parallel.p2p_communication": "receive buffers, shape tensors, a synchronize() after each exchange",

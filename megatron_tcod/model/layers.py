@@ -202,11 +202,44 @@ class PackedAttention(MegatronModule):
         return packed_attention(query, key, value, rows, scale=self.scale).flatten(1)
 
 
-class RMSNorm(torch.nn.RMSNorm):
-    """Megatron's norm signature on torch's module."""
+class _RMSNorm(torch.autograd.Function):
+    """x * rsqrt(mean(x^2) + eps) * weight, statistics in fp32 or wider; x itself and one number a row are saved.
+
+    With n = x * rstd: dx = rstd * (dy * weight - n * mean(dy * weight * n)), dweight = sum(dy * n). Torch's own backward
+    on a CPU takes four times as long, a fifth of a small model's step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        flat = x.reshape(-1, x.size(-1))  # [N, H]
+        length = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=wide)  # [N, 1]
+        rstd = length.square_().div_(x.size(-1)).add_(eps).rsqrt_()  # [N, 1]
+        ctx.save_for_backward(flat, weight, rstd)
+        return (flat * rstd).to(x.dtype).mul_(weight).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        flat, weight, rstd = ctx.saved_tensors
+        normed = flat * rstd  # [N, H]
+        grad_wide, weight_wide = grad.reshape(flat.shape).to(normed.dtype), weight.to(normed.dtype)
+        product = grad_wide * normed  # [N, H]
+        grad_weight = product.sum(0)  # [H]
+        mean = (product @ weight_wide).div_(flat.size(-1))[:, None]  # [N, 1]
+        grad_x = torch.mul(grad_wide, weight_wide, out=product).addcmul_(normed, mean, value=-1).mul_(rstd)
+        return grad_x.to(grad.dtype).view(grad.shape), grad_weight.to(weight.dtype), None
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm over the last dimension, with Megatron's constructor."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RMSNorm.apply(x, self.weight, self.eps)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -207,3 +207,18 @@ def all_gather_bytes(data: bytes, *, group: dist.ProcessGroup | None = None) -> 
     dist.all_gather_into_tensor(gathered.view(-1), mine, group=group)
     rows = gathered.cpu()
     return [row[:length].numpy().tobytes() for row, length in zip(rows, lengths.tolist(), strict=True)]
+
+
+def broadcast_bytes(data: bytes | None, *, source: int, group: dist.ProcessGroup) -> bytes:
+    """The bytes of global rank `source` on every rank of `group`; only the source's `data` is read. Collective."""
+    is_source = rank() == source
+    assert data is not None or not is_source, "the source must bring data"
+    length = torch.tensor([len(data) if is_source and data is not None else 0], device=device())
+    dist.broadcast(length, source, group=group)
+    if int(length) == 0:
+        return b""
+    buffer = torch.zeros(int(length), dtype=torch.uint8, device=device())
+    if is_source and data is not None:
+        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    dist.broadcast(buffer, source, group=group)
+    return buffer.cpu().numpy().tobytes()
