@@ -1,0 +1,15 @@
+"""Llama, dense, without rope scaling (so not Llama 3.1 and later): the plain decoder, no biases.
+
+    find_family("llama").read_config(config)
+
+Old exports carry the rotary frequencies as tensors; they are skipped, as they hold no weights.
+"""
+
+from megatron_tcod.model.families.family import DENSE_DECODER, Family
+
+LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    rules=DENSE_DECODER,
+    required={"attention_bias": False, "mlp_bias": False},
+)
