@@ -29,21 +29,15 @@ from megatron_tcod.envs.household_world import (
     PLACES,
     HouseholdEpisode,
     World,
-    choose,
     draw_world,
     kind,
 )
+from megatron_tcod.envs.mistakes import Mistakes
 from megatron_tcod.trajectory import Demonstration, DemonstrationTurn, Task
 
 NUM_HELD_OUT = 200
 NUM_TRAIN = 1000
 """How many training tasks `tasks` lists unless told."""
-
-MAX_MISTAKES = 8
-"""Injected turns in one demonstration at most, so that every disturbed episode ends."""
-
-BURST_LENGTHS = (1, 1, 1, 2, 2, 3)
-"""Injected turns in a row, drawn evenly from this list."""
 
 TURN_LIMIT = 200
 """Far beyond any episode of the expert: reaching it means that the expert is broken."""
@@ -108,26 +102,19 @@ class Household:
         injected commands: random valid ones, plausible wrong ones and repetitions of the last one, all
         `is_trained=False`; then the expert goes on from wherever that led. `seed` draws the mistakes, nothing else.
         """
-        if not 0.0 <= mistake_rate < 1.0:
-            raise ValueError(f"mistake_rate must lie in [0, 1), got {mistake_rate}")
-        return play_expert(_world(task), task, rng=random.Random(f"mistakes/{seed}"), mistake_rate=mistake_rate)
+        return play_expert(_world(task), task, mistakes=Mistakes(seed=seed, rate=mistake_rate))
 
 
-def play_expert(world: World, task: Task, *, rng: random.Random, mistake_rate: float) -> Demonstration:
-    """One episode of the expert, disturbed by mistakes drawn from `rng`."""
+def play_expert(world: World, task: Task, *, mistakes: Mistakes) -> Demonstration:
+    """One episode of the expert, disturbed by the mistakes."""
     episode = HouseholdEpisode(world)
     step = Step(episode.reset())
     expert = Expert(step.observation)
     turns: list[DemonstrationTurn] = []
-    num_mistakes = burst = 0
     while not step.done:
         assert len(turns) < TURN_LIMIT, f"the expert does not finish {task.task_id}"
-        if not burst and num_mistakes < MAX_MISTAKES and mistake_rate and rng.random() < mistake_rate:
-            burst = min(BURST_LENGTHS[int(rng.random() * len(BURST_LENGTHS))], MAX_MISTAKES - num_mistakes)
-        is_mistake = burst > 0
-        action = _mistake(episode, rng, turns[-1].action if turns else None) if is_mistake else expert.act()
-        burst -= is_mistake
-        num_mistakes += is_mistake
+        is_mistake = mistakes.strikes()
+        action = _wrong_action(episode, mistakes, turns[-1].action if turns else None) if is_mistake else expert.act()
         turns.append(
             DemonstrationTurn(observation=step.observation, action=action, text=action, is_trained=not is_mistake)
         )
@@ -136,28 +123,26 @@ def play_expert(world: World, task: Task, *, rng: random.Random, mistake_rate: f
     return Demonstration(task=task, turns=turns, success=True, source="expert", final_observation=step.observation)
 
 
-def _mistake(episode: HouseholdEpisode, rng: random.Random, last: str | None) -> str:
+def _wrong_action(episode: HouseholdEpisode, mistakes: Mistakes, last: str | None) -> str:
     """Half of the time a valid command, else the last one again or one that sounds right but is refused here."""
-    draw = rng.random()
+    draw = mistakes.rng.random()
     if draw < 0.5:
-        return choose(rng, episode.admissible_commands())
+        return mistakes.choose(episode.admissible_commands())
     if draw < 0.75 and last is not None:
         return last
-    name = f"{choose(rng, list(OBJECTS))} 1"
-    place = choose(rng, list(episode.contents))
-    closable = [place for place in episode.contents if kind(place) in OPENABLE]
-    return choose(
-        rng,
+    name = f"{mistakes.choose(list(OBJECTS))} 1"
+    place = mistakes.choose(list(episode.contents))
+    return mistakes.choose(
         [
             f"go to {episode.here}",
             f"take {name} from {place}",
             f"move {name} to {place}",
-            f"open {choose(rng, closable)}",
+            f"open {mistakes.choose([place for place in episode.contents if kind(place) in OPENABLE])}",
             f"heat {name} with microwave 1",
             f"clean {name} with sinkbasin 1",
             f"cool {name} with fridge 1",
             f"use {LAMP}",
-        ],
+        ]
     )
 
 
@@ -174,6 +159,7 @@ def _world(task: Task) -> World:
         raise ValueError(f"household task {task.task_id!r} needs an integer payload['seed'], got {seed!r}")
     _check_sizes(payload)
     rng = random.Random(f"{task.split}/{task.family}/{seed}")
+    undisturbed = Mistakes(seed=0, rate=0.0)
     while True:
         world = draw_world(
             rng,
@@ -182,7 +168,7 @@ def _world(task: Task) -> World:
             num_places=payload["num_places"],
             num_distractors=payload["num_distractors"],
         )
-        if len(play_expert(world, task, rng=rng, mistake_rate=0.0).turns) <= payload["max_solution"]:
+        if len(play_expert(world, task, mistakes=undisturbed).turns) <= payload["max_solution"]:
             return world
 
 

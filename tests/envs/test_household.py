@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tcod.envs.household import Household, choose
+from megatron_tcod.envs.household import Household
 from megatron_tcod.envs.household_expert import Expert
 from megatron_tcod.envs.household_world import (
     FAMILIES,
@@ -26,6 +26,7 @@ from megatron_tcod.envs.household_world import (
     Goal,
     HouseholdEpisode,
     World,
+    choose,
     draw_world,
     goals,
 )
