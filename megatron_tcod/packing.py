@@ -89,7 +89,7 @@ def split_into_bins(rows: Sequence[WeightedRow], max_tokens: int) -> list[list[W
 
 
 def build_microbatch(rows: Sequence[WeightedRow], device: torch.device | str = "cpu") -> Microbatch:
-    """Rows back to back. Without rows: two tokens of id 0 that carry no loss, for ranks that have nothing to train."""
+    """Rows back to back; at least one."""
     token_ids, starts = [], [0]
     positions, weights, old_logprobs, turn_ids, episode_ids = [], [], [], [], []
     for weighted in rows:
@@ -102,8 +102,6 @@ def build_microbatch(rows: Sequence[WeightedRow], device: torch.device | str = "
         episode_ids += [weighted.episode_id] * len(here)
         token_ids += row.token_ids
         starts.append(starts[-1] + len(row.token_ids))
-    if not rows:
-        token_ids, starts = [0, 0], [0, 2]
     tokens = torch.tensor(token_ids, dtype=torch.int64, device=device)  # [T]
     where = torch.tensor(positions, dtype=torch.int64, device=device)  # [S]
     return Microbatch(
@@ -127,7 +125,7 @@ def pack(
     dp_size: int = 1,
     device: torch.device | str = "cpu",
 ) -> list[Microbatch]:
-    """This data-parallel rank's microbatches of a step: at least one, of at most `max_tokens` tokens unless one row is
-    longer. `episode_ids` index `episodes`."""
+    """This data-parallel rank's microbatches of a step, of at most `max_tokens` tokens unless one row is longer; none
+    where this rank has nothing to train. `episode_ids` index `episodes`."""
     bins = split_into_bins(share(weigh(episodes, aggregation), dp_rank, dp_size), max_tokens)
-    return [build_microbatch(rows, device) for rows in bins or [[]]]
+    return [build_microbatch(rows, device) for rows in bins]

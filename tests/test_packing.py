@@ -127,9 +127,8 @@ def test_ranks_are_balanced_in_tokens():
     assert max(loads) - min(loads) <= longest
 
 
-def test_nothing_to_train_gives_one_batch_without_positions():
-    (batch,) = pack([episode([], outcome="env_fault")], max_tokens=10)
-    assert batch.positions.numel() == 0 and batch.num_tokens == 2
+def test_nothing_to_train_gives_no_microbatch():
+    assert pack([episode([], outcome="env_fault")], max_tokens=10) == []
 
 
 def test_unknown_aggregation_is_refused():
