@@ -1,0 +1,254 @@
+"""What a trained token costs: the table OBJECTIVES, from hidden states and a teacher's word to one loss a token.
+
+    objective = make_objective("reverse_kl", vocab_size=tokenizer_size, student_temperature=1.0)
+    losses = objective(student_hidden, student_head, target, microbatch, tp_group=tp_group)
+    loss = (microbatch.loss_weight * losses.loss).sum()
+
+`reverse_kl`, `forward_kl` and `jsd` compare whole vocabularies (Eq. 2 of arXiv 2604.24005 is a sum of these);
+`sampled_token` is what the released TCOD code does, a policy gradient whose advantage is the teacher's log-ratio at the
+sampled token; `sft` imitates the tokens and asks no teacher. The student's distribution is always the one it was
+sampled from, so `student_temperature` is the rollout's and `Microbatch.old_logprobs` are of the scaled distribution.
+
+Not here: weights and normalisation (`loss_weight`, applied by the trainer), reductions of the statistics, Megatron.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_tcod.ops.divergence import TokenDivergence, linear_divergence, linear_logprob
+from megatron_tcod.trajectory import Microbatch, TeacherTarget
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLosses:
+    """One loss and some statistics a trained token, all [S].
+
+    Example: `TokenLosses(loss=loss, stats={"reverse_kl": kl, "student_entropy": entropy})`
+    """
+
+    loss: torch.Tensor  # [S] nats, differentiable in the student's hidden states and head
+    stats: dict[str, torch.Tensor]  # [S] each, detached
+
+
+class Objective(Protocol):
+    """What stands in the table OBJECTIVES."""
+
+    needs_teacher: ClassVar[bool]
+
+    def __call__(
+        self,
+        student_hidden: torch.Tensor,
+        student_head: torch.Tensor,
+        target: TeacherTarget | None,
+        microbatch: Microbatch,
+        *,
+        tp_group: dist.ProcessGroup | None,
+    ) -> TokenLosses:
+        """student_hidden [S, H_s], equal on the ranks of `tp_group`; student_head [V/tp, H_s]. Collective over it.
+
+        Raises ValueError when the teacher's target is missing or rows do not match the microbatch's positions.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    vocab_size: int
+    """Real tokens, those of the tokenizer; columns from there on are padding."""
+    student_temperature: float = 1.0
+    """Divides the student's logits; the temperature that the rollouts were sampled at."""
+    chunk_size: int | None = None
+    """Trained positions projected to the vocabulary at a time; None chooses by memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TeacherSettings(_Settings):
+    needs_teacher: ClassVar[bool] = True
+
+    teacher_temperature: float = 1.0
+    """Divides the teacher's logits."""
+
+    def _compare(
+        self,
+        kind: str,
+        student_hidden: torch.Tensor,
+        student_head: torch.Tensor,
+        target: TeacherTarget | None,
+        microbatch: Microbatch,
+        *,
+        tp_group: dist.ProcessGroup | None,
+        beta: float = 0.5,
+    ) -> TokenDivergence:
+        if target is None:
+            raise ValueError(
+                f"objective {type(self).__name__} compares with a teacher, but target is None; score first"
+            )
+        _check_positions(student_hidden, microbatch)
+        return linear_divergence(
+            student_hidden,
+            student_head,
+            target.hidden,
+            target.head,
+            kind=kind,
+            beta=beta,
+            vocab_size=self.vocab_size,
+            student_temperature=self.student_temperature,
+            teacher_temperature=self.teacher_temperature,
+            target_ids=microbatch.target_ids,
+            tp_group=tp_group,
+            chunk_size=self.chunk_size,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReverseKL(_TeacherSettings):
+    """KL(student || teacher) over the whole vocabulary."""
+
+    def __call__(self, student_hidden, student_head, target, microbatch, *, tp_group) -> TokenLosses:
+        read = self._compare("reverse_kl", student_hidden, student_head, target, microbatch, tp_group=tp_group)
+        return TokenLosses(loss=read.loss, stats=_statistics(read))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardKL(_TeacherSettings):
+    """KL(teacher || student) over the whole vocabulary, the direction in which Eq. 2 is written."""
+
+    def __call__(self, student_hidden, student_head, target, microbatch, *, tp_group) -> TokenLosses:
+        read = self._compare("forward_kl", student_hidden, student_head, target, microbatch, tp_group=tp_group)
+        return TokenLosses(loss=read.loss, stats=_statistics(read))
+
+
+@dataclass(frozen=True, kw_only=True)
+class JSD(_TeacherSettings):
+    """Generalised Jensen-Shannon divergence over the whole vocabulary, as `ops/reference.py` defines it."""
+
+    beta: float = 0.5
+    """The teacher's share of the mixture, strictly between 0 and 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < 1:
+            raise ValueError(f"beta must lie strictly between 0 and 1, got {self.beta}; use forward_kl or reverse_kl")
+
+    def __call__(self, student_hidden, student_head, target, microbatch, *, tp_group) -> TokenLosses:
+        read = self._compare("jsd", student_hidden, student_head, target, microbatch, tp_group=tp_group, beta=self.beta)
+        return TokenLosses(loss=read.loss, stats=_statistics(read))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledToken(_TeacherSettings):
+    """The released code's objective: PPO on the sampled token, with the teacher's log-ratio as its advantage.
+
+        A = kl_coef * (log p_T(y) - log p_old(y))            r = p_S(y) / p_old(y)
+        loss = max(-A r, -A clip(r, 1 - eps_clip, 1 + eps_clip_high)), where A < 0 at most -A eps_clip_c
+
+    `p_old` is the policy that sampled. In expectation on fresh samples the gradient is that of kl_coef * reverse KL.
+    """
+
+    kl_coef: float = 1.0
+    """Multiplies the advantage."""
+    eps_clip: float = 0.2
+    """How far below 1 the ratio may push."""
+    eps_clip_high: float = 0.2
+    """How far above 1 the ratio may push."""
+    eps_clip_c: float = 3.0
+    """Dual clip: for a negative advantage the ratio counts as at most this."""
+    max_log_ratio: float = 20.0
+    """Bounds |log r| before the exponential, so that a stale token gives a large ratio and not an infinite one."""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.eps_clip <= 1 and self.eps_clip_high > 0):
+            raise ValueError(
+                f"eps_clip must lie in (0, 1] and eps_clip_high above 0, got {self.eps_clip} and {self.eps_clip_high}"
+            )
+        if self.eps_clip_c <= 1 + self.eps_clip_high:
+            raise ValueError(
+                f"eps_clip_c {self.eps_clip_c} must exceed 1 + eps_clip_high = {1 + self.eps_clip_high}; 3.0 is usual"
+            )
+
+    def __call__(self, student_hidden, student_head, target, microbatch, *, tp_group) -> TokenLosses:
+        read = self._compare("nll", student_hidden, student_head, target, microbatch, tp_group=tp_group)
+        old_logprobs = microbatch.old_logprobs.to(read.loss.dtype)  # [S]
+        advantage = self.kl_coef * (read.teacher_logprob - old_logprobs)  # [S]
+        log_ratio = (-read.loss - old_logprobs).clamp(-self.max_log_ratio, self.max_log_ratio)  # [S]
+        ratio = log_ratio.exp()  # [S]
+        pushed = -advantage * ratio  # [S]
+        limited = -advantage * ratio.clamp(1 - self.eps_clip, 1 + self.eps_clip_high)  # [S]
+        ceiling = torch.where(advantage < 0, -advantage * self.eps_clip_c, torch.inf)  # [S]
+        loss = torch.minimum(torch.maximum(pushed, limited), ceiling)  # [S]
+        is_clipped = (limited > pushed) | (pushed > ceiling)  # [S] no gradient reaches the student
+        stats = _statistics(read) | {"ratio": ratio.detach(), "clip_fraction": is_clipped.to(ratio.dtype)}
+        return TokenLosses(loss=loss, stats=stats)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFT(_Settings):
+    """Negative log-likelihood of the microbatch's own tokens; `target` is ignored and may be None."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    def __call__(self, student_hidden, student_head, target, microbatch, *, tp_group) -> TokenLosses:
+        _check_positions(student_hidden, microbatch)
+        read = linear_logprob(
+            student_hidden,
+            student_head,
+            microbatch.target_ids,
+            vocab_size=self.vocab_size,
+            temperature=self.student_temperature,
+            tp_group=tp_group,
+            chunk_size=self.chunk_size,
+        )
+        stats = {"student_logprob": read.logprob.detach(), "student_entropy": read.entropy}
+        return TokenLosses(loss=-read.logprob, stats=stats)
+
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "reverse_kl": ReverseKL,
+    "forward_kl": ForwardKL,
+    "jsd": JSD,
+    "sampled_token": SampledToken,
+    "sft": SFT,
+}
+
+
+def make_objective(name: str, **settings: Any) -> Objective:
+    """An entry of OBJECTIVES with its settings, which are the fields of its class.
+
+    Raises ValueError with the nearest name for an unknown objective or setting.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective {name!r} is unknown{_nearest(name, OBJECTIVES)}; known: {', '.join(OBJECTIVES)}")
+    fields = {field.name: field for field in dataclasses.fields(OBJECTIVES[name])}
+    for setting in settings:
+        if setting not in fields:
+            raise ValueError(
+                f"objective {name!r} has no setting {setting!r}{_nearest(setting, fields)}; known: {', '.join(fields)}"
+            )
+    missing = [key for key, field in fields.items() if field.default is dataclasses.MISSING and key not in settings]
+    if missing:
+        raise ValueError(f"objective {name!r} needs a value for {', '.join(missing)}")
+    return OBJECTIVES[name](**settings)
+
+
+def _nearest(name: str, known: Any) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {matches[0]!r}?" if matches else ""
+
+
+def _statistics(read: TokenDivergence) -> dict[str, torch.Tensor]:
+    names = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "student_logprob", "teacher_logprob")
+    return {name: getattr(read, name) for name in (*names, "top1_agreement")}
+
+
+def _check_positions(student_hidden: torch.Tensor, microbatch: Microbatch) -> None:
+    if student_hidden.shape[0] != microbatch.target_ids.numel():
+        raise ValueError(
+            f"student_hidden has {student_hidden.shape[0]} rows for {microbatch.target_ids.numel()} trained "
+            f"positions; select hidden[microbatch.positions] before the objective"
+        )
