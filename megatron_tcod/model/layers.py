@@ -60,7 +60,8 @@ class PackedRows(PackedSeqParams):
         """From `cu_seqlens [B+1]`. Positions restart at 0 in every row; rows of no token are allowed."""
         bounds = cu_seqlens.tolist()
         device = cu_seqlens.device
-        positions = torch.cat([torch.arange(stop - start) for start, stop in zip(bounds, bounds[1:], strict=False)])
+        starts = cu_seqlens[:-1].cpu().long().repeat_interleave(cu_seqlens.diff().cpu())  # [T] of each token's row
+        positions = torch.arange(len(starts)) - starts  # [T]
         # fp32 like the Hugging Face models: the angle of a long row loses too much in bf16.
         frequencies = 1.0 / rotary_base ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)  # [D/2]
         angles = positions.float()[:, None, None] * frequencies  # [T, 1, D/2]
@@ -216,7 +217,7 @@ class _RMSNorm(torch.autograd.Function):
         length = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=wide)  # [N, 1]
         rstd = length.square_().div_(x.size(-1)).add_(eps).rsqrt_()  # [N, 1]
         ctx.save_for_backward(flat, weight, rstd)
-        return (flat * rstd).to(x.dtype).mul_(weight).view(x.shape)
+        return (flat * rstd).mul_(weight).to(x.dtype).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]

@@ -194,19 +194,21 @@ def last_stage_rank() -> int:
 
 def all_gather_bytes(data: bytes, *, group: dist.ProcessGroup | None = None) -> list[bytes]:
     """The bytes of every rank of `group` (default: the world), in rank order, on every rank. Collective."""
-    size = dist.get_world_size(group)
-    lengths = torch.zeros(size, dtype=torch.int64, device=device())  # [ranks]
-    dist.all_gather_into_tensor(lengths, torch.tensor([len(data)], device=device()), group=group)
-    longest = int(lengths.max())
+    lengths = _all_gather(torch.tensor([len(data)], device=device()), group)
+    longest = int(max(lengths))
     if longest == 0:
-        return [b""] * size
+        return [b""] * len(lengths)
     mine = torch.zeros(longest, dtype=torch.uint8, device=device())
     if data:
         mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(mine.device)
-    gathered = torch.empty(size, longest, dtype=torch.uint8, device=device())  # [ranks, longest]
-    dist.all_gather_into_tensor(gathered.view(-1), mine, group=group)
-    rows = gathered.cpu()
-    return [row[:length].numpy().tobytes() for row, length in zip(rows, lengths.tolist(), strict=True)]
+    rows = _all_gather(mine, group)  # [longest] of each rank
+    return [row[: int(length)].cpu().numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+
+def _all_gather(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, tensor, group=group)
+    return gathered
 
 
 def broadcast_bytes(data: bytes | None, *, source: int, group: dist.ProcessGroup) -> bytes:

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,31 +29,8 @@ from megatron_tcod.model import build, cpu, parallel
 from megatron_tcod.model.build import ModelShape
 from megatron_tcod.model.parallel import ParallelLayout
 from megatron_tcod.model.schedule import run_schedule
+from megatron_tcod.objective import Objective
 from megatron_tcod.trajectory import Microbatch, TeacherTarget
-
-
-class TokenLosses(Protocol):
-    """What an objective returns: one differentiable loss per trained position, and detached figures beside it."""
-
-    loss: Tensor  # [S]
-    stats: dict[str, Tensor]  # [S] each
-
-
-class Objective(Protocol):
-    """Per-token losses from hidden states; `objective.py` has the table. Called on the last stage only.
-
-    It must return the same values on all ranks of `tp_group` and sum the hidden gradient over them.
-    """
-
-    def __call__(
-        self,
-        student_hidden: Tensor,  # [S, H]
-        student_head: Tensor,  # [V_padded/tp, H]
-        target: TeacherTarget | None,
-        microbatch: Microbatch,
-        *,
-        tp_group: dist.ProcessGroup,
-    ) -> TokenLosses: ...
 
 
 @dataclass(frozen=True, kw_only=True)
