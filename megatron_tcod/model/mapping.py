@@ -242,17 +242,6 @@ def hf_plan(family: Family, shape: ModelShape, dtype: torch.dtype) -> list[tuple
     return [(name, dtype, size) for slot in family.slots(shape) for name, size in slot.hf_shapes(shape).items()]
 
 
-def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], family: Family, shape: ModelShape) -> TensorWriter:
-    """Stream what `export_hf` yields into one safetensors file; returns the finished writer, for its digests."""
-    items = iter(tensors)
-    first = next(items)
-    with TensorWriter(path, hf_plan(family, shape, first[1].dtype)) as writer:
-        writer.write(*first)
-        for name, tensor in items:
-            writer.write(name, tensor)
-    return writer
-
-
 def write_hf_directory(
     directory: Path,
     tensors: Iterable[tuple[str, Tensor]],
@@ -262,14 +251,20 @@ def write_hf_directory(
     dtype: torch.dtype,
     source: str | Path | None = None,
 ) -> TensorWriter:
-    """config.json, model.safetensors and `source`'s tokenizer files into an existing empty directory. One process."""
+    """config.json, model.safetensors and `source`'s tokenizer files into an existing empty directory. One process.
+
+    `tensors` is what `export_hf` yields, all of `dtype`. Returns the finished writer, for its digests.
+    """
     config = family.write_config(shape, dtype=dtype)
     if source is not None:
         copy_tokenizer(Path(source), directory)
         given = read_json(Path(source) / CONFIG_FILE) if (Path(source) / CONFIG_FILE).exists() else {}
         config.update({name: given[name] for name in TOKEN_FIELDS if name in given})
     write_json(directory / CONFIG_FILE, config)
-    return write_tensors(directory / SINGLE_FILE, tensors, family, shape)
+    with TensorWriter(directory / SINGLE_FILE, hf_plan(family, shape, dtype)) as writer:
+        for name, tensor in tensors:
+            writer.write(name, tensor)
+    return writer
 
 
 def save_hf(

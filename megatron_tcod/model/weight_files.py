@@ -43,12 +43,12 @@ TOKENIZER_FILES = (
 )
 
 _DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class WeightFiles(Mapping[str, torch.Tensor]):
@@ -61,6 +61,7 @@ class WeightFiles(Mapping[str, torch.Tensor]):
     def __init__(self, directory: str | Path, *, file_names: Sequence[str] | None = None) -> None:
         self.directory = Path(directory)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         self._files: dict[str, Any] = {}
         self._stack = ExitStack()
         indexed = None if file_names is not None else self._read_index()
@@ -108,7 +109,12 @@ class WeightFiles(Mapping[str, torch.Tensor]):
             for name in handle.keys():  # noqa: SIM118  safe_open is no mapping
                 if name in self.shapes:
                     raise ValueError(f"{path}: tensor {name!r} is in two files; remove one")
-                self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+                header = handle.get_slice(name)
+                if header.get_dtype() not in _DTYPES:
+                    known = ", ".join(_DTYPES)
+                    raise ValueError(f"{path}: {name} is {header.get_dtype()}, expected {known}; export it unquantised")
+                self.shapes[name] = tuple(header.get_shape())
+                self.dtypes[name] = _DTYPES[header.get_dtype()]
                 self._files[name] = handle
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or truncated ({error}); copy or export it again") from error
@@ -131,7 +137,7 @@ class TensorWriter:
         offset = 0
         for name, dtype, shape in self._plan:
             stop = offset + dtype.itemsize * torch.Size(shape).numel()
-            header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
+            header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
             offset = stop
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
