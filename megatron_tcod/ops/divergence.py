@@ -386,9 +386,9 @@ def _all_gather(partial: torch.Tensor, tp_group: dist.ProcessGroup | None) -> to
     size = group_size(tp_group)
     if size == 1 or not partial.numel():  # S is the same on each rank, so all skip together
         return partial.expand(size, *partial.shape)
-    gathered = partial.new_empty(size, *partial.shape)
+    gathered = partial.new_empty(size * partial.shape[0], partial.shape[1])  # gloo wants one dimension to grow
     dist.all_gather_into_tensor(gathered, partial, group=tp_group)
-    return gathered
+    return gathered.view(size, *partial.shape)
 
 
 def _shard_of(
