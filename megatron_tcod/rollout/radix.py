@@ -137,9 +137,7 @@ class RadixTree:
     def evict(self, num_tokens: int) -> list[Node]:
         """Drop least recently used unpinned leaves until `num_tokens` are freed or none is left; returns them."""
         order = itertools.count()
-        leaves = [
-            (node.last_use, next(order), node) for node in self.nodes() if not node.children and not node.num_pins
-        ]
+        leaves = [(node.last_use, next(order), node) for node in self.nodes() if not node.children and not node.num_pins]
         heapq.heapify(leaves)
         dropped: list[Node] = []
         freed = 0
