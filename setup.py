@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', pathlib.Path("megatron_tcod/__init
 setup(
     version=VERSION,
     packages=find_packages(include=["megatron_tcod", "megatron_tcod.*"]),
+    package_data={"megatron_tcod.report": ["assets/*"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "megatron-core==0.16.1",

@@ -187,8 +187,9 @@ class StepMetrics:
         if "reverse_kl" in columns and num_trained:
             turn_ids = microbatch.turn_ids.to("cpu", torch.int64)  # [S]
             first, last = int(turn_ids.min()), int(turn_ids.max())
-            sums.index_add_(0, turn_ids + self._turn_slot("kl", last) - last, columns["reverse_kl"])
-            sums.index_add_(0, turn_ids + self._turn_slot("tokens", first) - first, torch.ones_like(columns["reverse_kl"]))
+            kl = columns["reverse_kl"]  # [S]
+            sums.index_add_(0, turn_ids + self._turn_slot("kl", last) - last, kl)
+            sums.index_add_(0, turn_ids + self._turn_slot("tokens", first) - first, torch.ones_like(kl))
 
     def _turn_slot(self, kind: str, turn: int) -> int:
         if not 0 <= turn < self.max_turns:

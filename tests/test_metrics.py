@@ -303,7 +303,8 @@ def test_scores_that_are_not_one_a_sampled_token_are_refused(step):
 
 @pytest.mark.parametrize("text", ["go to desk 1", "é 🧪 日本語", " leading space", "a\n\tb"])
 def test_token_texts_join_to_the_decoded_text(text):
-    byte_level = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]))
+    vocabulary = {character: index for index, character in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    byte_level = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte_level.decoder = decoders.ByteLevel()
     ids = byte_level.encode(text).ids
