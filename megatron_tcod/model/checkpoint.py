@@ -197,8 +197,9 @@ def load_latest(
     """Load the newest intact checkpoint into model, optimizer and scheduler; None when there is none. Collective.
 
     Rank 0 verifies every hash before anything is loaded and tells the others which one it is; `root` must be one
-    directory for all ranks. CheckpointError names the fields when it belongs to another model, and is raised on every
-    rank when no checkpoint is intact.
+    directory for all ranks. Master weights of bf16 training are set too: copying the model's weights over them
+    afterwards (`reload_model_params`) would round them. CheckpointError names the fields when it belongs to another
+    model, and is raised on every rank when no checkpoint is intact.
     """
     chosen: list[Path | None] = [None]
 

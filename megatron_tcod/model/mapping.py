@@ -42,12 +42,6 @@ CONFIG_FILE = "config.json"
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Fields of config.json that belong to the tokenizer and are carried along from the source directory."""
 
-_TE_NAMES = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
-"""Transformer Engine's fused layers hold the norm inside the projection: name there -> name in the rules."""
-
 
 def read_hf_config(directory: str | Path) -> tuple[Family, ModelShape]:
     """The family and shape of a Hugging Face directory; ValueError names the file, the field and the fix."""
@@ -68,11 +62,7 @@ def local_parameters(chunks: list[Module], family: Family, shape: ModelShape) ->
     slots = {slot.megatron: slot for slot in family.slots(shape)}
     found: dict[str, list[Parameter]] = {}
     for full_name, parameter in named_parameters(chunks):
-        name = full_name
-        for theirs, ours in _TE_NAMES.items():
-            name = name.replace(theirs, ours)
-        if name == HEAD and shape.tie_word_embeddings:
-            name = EMBEDDING
+        name = EMBEDDING if full_name == HEAD and shape.tie_word_embeddings else full_name
         expected = slots[name].shard_shape(shape, parallel.tp_size()) if name in slots else None
         if expected != tuple(parameter.shape):
             raise ValueError(
