@@ -6,7 +6,6 @@ import math
 import random
 
 import torch
-import transformers
 
 from megatron_tcod.model import build
 from megatron_tcod.model.build import ModelShape
@@ -66,6 +65,8 @@ def random_rows(lengths: list[int], *, seed: int = 0) -> list[tuple[list[int], l
 
 def hugging_face_twin(chunks: list[torch.nn.Module], shape: ModelShape, dtype: torch.dtype) -> torch.nn.Module:
     """A Qwen3 of `transformers` holding the weights of unsharded chunks."""
+    import transformers  # heavy, and spawned ranks import this module without needing it
+
     config = transformers.Qwen3Config(
         num_hidden_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
