@@ -12,6 +12,8 @@ import dataclasses
 import difflib
 import io
 import json
+import logging
+import os
 import re
 import sys
 import tomllib
@@ -179,22 +181,34 @@ class EnvironmentConfig:
     """Name in megatron_tcod.envs.ENVS."""
     train_split: str = "train"
     """Split that training tasks come from."""
+    train_tasks: int | None = Field(default=None, ge=1)
+    """Training tasks taken from the start of the split; by default all that the environment lists."""
     env_options: dict[str, str | int | float | bool] = Field(default_factory=dict)
-    """Passed to the environment as keyword arguments."""
+    """Keyword arguments of the environment's `tasks`, the same for both splits."""
 
 
 @validated(frozen=True, kw_only=True, config=STRICT)
 class EvaluationConfig:
     eval_split: str = "held_out"
     """Split that evaluation tasks come from."""
-    eval_tasks: int = Field(default=140, ge=1)
-    """Tasks played, from the start of the split."""
+    eval_tasks: int | None = Field(default=None, ge=1)
+    """Tasks played, from the start of the split; by default all."""
     eval_interval: int = Field(default=0, ge=0)
     """Optimizer steps between evaluations during training; 0 for none. One is always made at the end."""
     eval_temperature: float = Field(default=0.4, ge=0)
     """0 is greedy."""
     eval_seed: int = 7
     """Of the evaluation's sampling."""
+
+
+@validated(frozen=True, kw_only=True, config=STRICT)
+class DemonstrationConfig:
+    demonstration_tasks: int | None = Field(default=None, ge=1)
+    """Training tasks that the teacher is asked to solve; by default all."""
+    demonstration_samples: int = Field(default=10, ge=1)
+    """Attempts per task (the paper's pass@10); the shortest success is kept."""
+    demonstration_temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature of the teacher."""
 
 
 FIDELITY: dict[str, dict[str, dict[str, Any]]] = {
@@ -226,6 +240,7 @@ class Config:
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     environment: EnvironmentConfig = dataclasses.field(default_factory=EnvironmentConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    demonstration: DemonstrationConfig = dataclasses.field(default_factory=DemonstrationConfig)
 
     def __post_init__(self) -> None:
         check_fields_agree(self)
@@ -328,6 +343,11 @@ def take_flag(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
     return None, argv
 
 
+def take_switch(argv: Sequence[str], switch: str) -> tuple[bool, list[str]]:
+    """Whether `switch` is among the arguments, and the other arguments."""
+    return switch in argv, [argument for argument in argv if argument != switch]
+
+
 def load_config(argv: Sequence[str], *, prog: str = "megatron_tcod") -> Config:
     """Resolve defaults, fidelity preset, `--config FILE` and flags. Prints help and leaves by SystemExit(0) on --help."""
     path, rest = take_flag(list(argv), "--config")
@@ -394,10 +414,19 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
+def log_to_console() -> None:
+    """Messages of this package on stderr, from the first rank; other packages' from warnings up."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.WARNING if is_first else logging.ERROR, format="%(message)s")
+    if is_first:
+        logging.getLogger("megatron_tcod").setLevel(logging.INFO)
+
+
 def run_entry_point(main: Callable[[list[str]], int | None]) -> None:
-    """Call an entry point; a user's mistake becomes one line on stderr and exit code 2."""
+    """Call an entry point; a user's mistake becomes one line on stderr, by the first rank, and exit code 2."""
     try:
         raise SystemExit(main(sys.argv[1:]) or 0)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

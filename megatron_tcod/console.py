@@ -41,6 +41,7 @@ class Column:
 COLUMNS = (
     Column("step", 6, "step", "d"),
     Column("k", 5, "curriculum/k", "g"),
+    Column("loss", 8, "train/loss", ".4f"),
     Column("success", 8, "rollout/success", ".1%"),
     Column("KL", 8, "kl/token", ".4f"),
     Column("traj KL", 9, "kl/trajectory", ".2f"),

@@ -85,7 +85,8 @@ class BackToFront:
     """B2F, Eq. 5: the teacher's first L - k turns are replayed, the student finishes.
 
     `stop = horizon` lets it play to max_turns (released code), `demonstration` to L (paper). A task without a
-    demonstration has L = 0, hence the full window; whether it is played or counted as missing is the collector's choice.
+    demonstration is played in full where `missing` says so; otherwise its window asks for one replayed turn, which the
+    rollout cannot find and reports as `no_demonstration`.
     """
 
     needs_demonstrations: ClassVar[bool] = True
@@ -94,14 +95,17 @@ class BackToFront:
     lengths: Mapping[str, int]
     """Demonstration length L in turns by task id."""
     stop: Literal["horizon", "demonstration"] = "horizon"
+    missing: Literal["outcome", "full"] = "outcome"
 
     def depth(self, step: int) -> int:
         return self.schedule.depth(step)
 
     def window(self, step: int, task: Task) -> TurnWindow:
         length = self.lengths.get(task.task_id, 0)
+        if not length:
+            return TurnWindow(int(self.missing == "outcome"), self.max_turns)
         start = max(0, min(length, self.max_turns) - self.depth(step))
-        stop = length if self.stop == "demonstration" and length else self.max_turns
+        stop = length if self.stop == "demonstration" else self.max_turns
         return TurnWindow(start, min(stop, self.max_turns))
 
 
@@ -115,6 +119,7 @@ def make_curriculum(
     max_turns: int,
     lengths: Mapping[str, int],
     stop: Literal["horizon", "demonstration"],
+    missing: Literal["outcome", "full"],
 ) -> Curriculum:
     """The curriculum behind a name of CURRICULA."""
     if name not in CURRICULA:
@@ -123,4 +128,4 @@ def make_curriculum(
         return Full(max_turns=max_turns)
     if name == "f2b":
         return FrontToBack(schedule=schedule, max_turns=max_turns)
-    return BackToFront(schedule=schedule, max_turns=max_turns, lengths=lengths, stop=stop)
+    return BackToFront(schedule=schedule, max_turns=max_turns, lengths=lengths, stop=stop, missing=missing)

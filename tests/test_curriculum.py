@@ -59,8 +59,9 @@ def test_paper_steps_count_from_one():
     assert [Schedule(k_start=1, eta=2).depth(step) for step in range(5)] == [1, 1, 2, 2, 3]
 
 
-def test_b2f_without_a_demonstration_has_no_prefix():
-    assert BackToFront(schedule=Schedule(), max_turns=30, lengths={}).window(0, TASK) == TurnWindow(0, 30)
+def test_b2f_without_a_demonstration_plays_in_full_or_asks_for_a_turn_that_is_not_there():
+    assert BackToFront(schedule=Schedule(), max_turns=30, lengths={}, missing="full").window(0, TASK) == TurnWindow(0, 30)
+    assert BackToFront(schedule=Schedule(), max_turns=30, lengths={}).window(0, TASK).start == 1
 
 
 def test_a_demonstration_longer_than_the_horizon_leaves_a_turn_to_play():
@@ -76,5 +77,5 @@ def test_impossible_schedules_are_refused(wrong):
 
 @pytest.mark.parametrize("name", CURRICULA)
 def test_every_curriculum_of_the_table_gives_playable_windows(name):
-    curriculum = make_curriculum(name, schedule=Schedule(), max_turns=30, lengths={"a": 12}, stop="horizon")
+    curriculum = make_curriculum(name, schedule=Schedule(), max_turns=30, lengths={"a": 12}, stop="horizon", missing="full")
     assert all(curriculum.window(step, TASK).stop > curriculum.window(step, TASK).start for step in range(100))

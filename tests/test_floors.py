@@ -7,7 +7,7 @@ import megatron_tcod
 
 ROOT = Path(megatron_tcod.__file__).parent
 FLOORS = [
-    {"trajectory", "config", "metrics", "journal", "statistics"},
+    {"trajectory", "config", "metrics", "journal", "significance", "console"},
     {"envs", "ops", "curriculum", "packing", "objective"},
     {"rollout", "model"},
     {"tcod"},

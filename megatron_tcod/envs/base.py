@@ -50,8 +50,9 @@ class EnvironmentFamily(Protocol):
     """A class in the table ENVS: lists its tasks, builds an episode, and says how observations are compared."""
 
     @classmethod
-    def tasks(cls, split: str, **options: Any) -> list[Task]:
-        """All tasks of a split, in a fixed order. ValueError names the known splits."""
+    def tasks(cls, split: str, *, count: int | None = None, **options: Any) -> list[Task]:
+        """The first `count` tasks of a split in its fixed order, or all. ValueError names the known splits, and the
+        number of tasks where there are fewer."""
         ...
 
     @classmethod

@@ -1,0 +1,86 @@
+"""What this machine offers: `python -m megatron_tcod.doctor`.
+
+One line per fact: interpreter, packages with their versions, accelerators, and what their absence costs. It changes
+nothing, needs no network, and exits with 1 when something that every run needs is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+
+from megatron_tcod.config import run_entry_point
+from megatron_tcod.envs import ENVS
+
+REQUIRED = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "msgspec", "pydantic", "tyro", "rich")
+TESTED_MEGATRON = "0.16.1"
+OPTIONAL = {
+    "transformer_engine": "layers run on the local specification",
+    "alfworld": "the alfworld environment cannot be used; pip install '.[alfworld]'",
+    "tensorboard": "metrics go to JSONL alone; pip install '.[tensorboard]'",
+}
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def package_lines() -> tuple[list[str], int]:
+    """Lines about packages, and how many required ones are missing or of another version than tested."""
+    lines, faults = [], 0
+    for package in REQUIRED:
+        found = version_of(package)
+        note = ""
+        if found is None:
+            faults, note = faults + 1, "MISSING; pip install ."
+        elif package == "megatron-core" and found != TESTED_MEGATRON:
+            faults, note = faults + 1, f"tested with {TESTED_MEGATRON} only; pip install megatron-core=={TESTED_MEGATRON}"
+        lines.append(f"{package:<20} {found or '-':<14} {note}".rstrip())
+    for module, cost in OPTIONAL.items():
+        if importlib.util.find_spec(module) is not None:
+            lines.append(f"{module:<20} {version_of(module) or 'found'}")
+        else:
+            lines.append(f"{module:<20} {'-':<14} {cost}")
+    lines.append(apex_line())
+    return lines, faults
+
+
+def apex_line() -> str:
+    """NVIDIA's Apex is told from the unrelated package of that name on the index by the kernels it brings."""
+    if importlib.util.find_spec("apex") is None:
+        return f"{'apex':<20} {'-':<14} torch's AdamW is used; gradients are accumulated without fusion"
+    if importlib.util.find_spec("amp_C") is None:
+        return f"{'apex':<20} {'found':<14} not NVIDIA's Apex (no amp_C); build it from NVIDIA's repository"
+    return f"{'apex':<20} found"
+
+
+def device_lines() -> list[str]:
+    import torch
+
+    if torch.cuda.is_available():
+        names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+        return [f"{'device':<20} {torch.cuda.device_count()} x {', '.join(sorted(names))}, backend nccl"]
+    reason = "this torch is a CPU build" if torch.version.cuda is None else "no CUDA device answers"
+    return [f"{'device':<20} CPU with {os.cpu_count()} cores, backend gloo ({reason})"]
+
+
+def main(argv: list[str]) -> int:
+    if argv:
+        raise ValueError(f"doctor takes no arguments, got {' '.join(argv)}")
+    lines, faults = package_lines()
+    print(f"{'python':<20} {sys.version.split()[0]}")
+    print("\n".join(lines))
+    if version_of("torch"):
+        print("\n".join(device_lines()))
+    print(f"{'divergence':<20} torch          plain torch on every device")
+    print(f"{'environments':<20} {', '.join(ENVS)}")
+    return int(faults > 0)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

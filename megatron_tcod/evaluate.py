@@ -1,0 +1,210 @@
+"""Play held-out tasks over the full horizon: `torchrun ... -m megatron_tcod.evaluate --config run.toml [flags]`.
+
+    python -m megatron_tcod.evaluate --config run.toml --student runs/a/checkpoints/step_0000060 --output a.json
+    python -m megatron_tcod.evaluate --compare a.json b.json            # paired, without playing anything
+
+Prints success with its Wilson interval, mean turns and the KL to the teacher turn by turn, and an exact McNemar test
+between every two evaluations that share tasks. Without a teacher (`--objective sft`) there is no KL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from megatron_tcod.assembly import Assembly, assemble, make_collect, play_settings
+from megatron_tcod.config import load_config, log_to_console, run_entry_point, take_flag
+from megatron_tcod.metrics import TurnScores, scores_by_turn
+from megatron_tcod.model import parallel
+from megatron_tcod.preflight import preflight
+from megatron_tcod.significance import discordant, mcnemar_exact, wilson_interval
+from megatron_tcod.tcod import evaluation_step
+from megatron_tcod.trajectory import Episode, TurnWindow, decode, encode
+
+
+def evaluate(run: Assembly, *, step: int) -> dict[str, Any]:
+    """Play the evaluation tasks with the weights that the engine holds. Collective; the record on every rank."""
+    config, environment = run.config.evaluation, run.config.environment
+    tasks = run.family.tasks(config.eval_split, count=config.eval_tasks, **environment.env_options)
+    settings = play_settings(run.config.rollout, temperature=config.eval_temperature, seed=config.eval_seed)
+    collect = make_collect(
+        run.config,
+        family=run.family,
+        engine=run.engine,
+        tokenizer=run.tokenizer,
+        demonstrations={},
+        settings=settings,
+        num_samples=1,
+    )
+    start = time.perf_counter()
+    if run.teacher is None:
+        horizon = TurnWindow(0, settings.max_turns)
+        episodes = collect(tasks, [horizon] * len(tasks), step=0, curriculum_k=settings.max_turns)
+        scores: dict[int, dict[int, TurnScores]] = {}
+    else:
+        scoring = dataclasses.replace(run.config.objective, objective="reverse_kl")
+        episodes, microbatches, per_token = evaluation_step(
+            step,
+            tasks,
+            engine=run.engine,
+            teacher=run.teacher,
+            student=run.student,
+            objective=run.objective_named(scoring),
+            collect=lambda tasks, windows, *, step, curriculum_k: collect(
+                tasks, windows, step=0, curriculum_k=curriculum_k
+            ),  # seeded alike at every step, so that evaluations are paired
+            pack=run.pack,
+            max_turns=settings.max_turns,
+        )
+        speaks = parallel.tp_rank() == 0 and parallel.pp_rank() == 0  # one rank of each replica
+        scores = gather_scores(scores_by_turn(microbatches, per_token) if speaks else {})
+    return evaluation_record(
+        step, episodes, scores, split=config.eval_split, temperature=config.eval_temperature,
+        seconds=time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def gather_scores(own: dict[int, dict[int, TurnScores]]) -> dict[int, dict[int, TurnScores]]:
+    """Per-token scores of all replicas, on every rank. Collective."""
+    gathered: dict[int, dict[int, TurnScores]] = {}
+    for part in parallel.all_gather_bytes(encode(own)):
+        gathered |= decode(part, dict[int, dict[int, TurnScores]])
+    return gathered
+
+
+def evaluation_record(
+    step: int,
+    episodes: Sequence[Episode],
+    scores: Mapping[int, Mapping[int, TurnScores]],
+    *,
+    split: str,
+    temperature: float,
+    seconds: float,
+) -> dict[str, Any]:
+    """What an evaluation file holds; `report` reads it. KL values are reverse KL in nats, summed over a turn's tokens."""
+    tasks = []
+    for index, episode in enumerate(episodes):
+        of_turn = scores.get(index, {})
+        tasks.append({
+            "task_id": episode.task.task_id,
+            "family": episode.task.family,
+            "success": episode.success,
+            "turns": len(episode.turns),
+            "outcome": episode.outcome,
+            "kl_by_turn": [sum(of_turn[turn]["reverse_kl"]) for turn in sorted(of_turn)],
+        })  # fmt: skip
+    num_success = sum(task["success"] for task in tasks)
+    trajectory_kls = [sum(task["kl_by_turn"]) for task in tasks if task["kl_by_turn"]]
+    return {
+        "step": step,
+        "split": split,
+        "temperature": temperature,
+        "success": num_success / max(len(tasks), 1),
+        "interval": list(wilson_interval(num_success, len(tasks))) if tasks else None,
+        "mean_turns": sum(task["turns"] for task in tasks) / max(len(tasks), 1),
+        "kl_trajectory": sum(trajectory_kls) / len(trajectory_kls) if trajectory_kls else None,
+        "seconds": seconds,
+        "tasks": tasks,
+    }
+
+
+def write_evaluation(path: Path, record: Mapping[str, Any]) -> None:
+    """Complete or absent: written beside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".partial")
+    beside.write_text(json.dumps(record), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def read_evaluation(path: str) -> dict[str, Any]:
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        assert {"success", "tasks", "step"} <= set(record)
+        return record
+    except OSError as error:
+        raise ValueError(f"evaluation {path}: {error.strerror}; give a file that evaluate or train wrote") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, TypeError):
+        raise ValueError(f"evaluation {path} is no evaluation record; give a file that evaluate or train wrote") from None
+
+
+def summary_lines(name: str, record: Mapping[str, Any]) -> list[str]:
+    """An evaluation as text."""
+    low, high = record["interval"]
+    num_success = sum(task["success"] for task in record["tasks"])
+    lines = [
+        f"{name}: success {record['success']:.1%} ({num_success}/{len(record['tasks'])}, "
+        f"95 % interval {low:.1%} to {high:.1%}), {record['mean_turns']:.1f} turns on average"
+    ]
+    outcomes = {task["outcome"] for task in record["tasks"]} - {"ok"}
+    for outcome in sorted(outcomes):
+        lines.append(f"  {outcome}: {sum(task['outcome'] == outcome for task in record['tasks'])} episodes")
+    if record.get("kl_trajectory") is not None:
+        depth = max(len(task["kl_by_turn"]) for task in record["tasks"])
+        by_turn = []
+        for turn in range(depth):
+            values = [task["kl_by_turn"][turn] for task in record["tasks"] if len(task["kl_by_turn"]) > turn]
+            by_turn.append(f"{sum(values) / len(values):.3f}")
+        lines.append(f"  trajectory KL {record['kl_trajectory']:.3f}; by turn: {' '.join(by_turn)}")
+    return lines
+
+
+def comparison_lines(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Exact McNemar tests over the tasks that two evaluations share."""
+    lines = []
+    for (name_a, a), (name_b, b) in combinations(records.items(), 2):
+        solved_a = {task["task_id"]: task["success"] for task in a["tasks"]}
+        solved_b = {task["task_id"]: task["success"] for task in b["tasks"]}
+        shared = solved_a.keys() & solved_b.keys()
+        if not shared:
+            lines.append(f"{name_a} and {name_b} share no task; no paired test")
+            continue
+        only_a, only_b = discordant(
+            {key: solved_a[key] for key in shared}, {key: solved_b[key] for key in shared}
+        )
+        lines.append(
+            f"{name_a} against {name_b} on {len(shared)} shared tasks: only the first solves {only_a}, only the second "
+            f"{only_b}; exact McNemar p = {mcnemar_exact(only_a, only_b):.4f}"
+        )
+    return lines
+
+
+def compare(paths: Sequence[str], say: Callable[[str], None]) -> int:
+    records = {path: read_evaluation(path) for path in paths}
+    for path, record in records.items():
+        for line in summary_lines(path, record):
+            say(line)
+    for line in comparison_lines(records):
+        say(line)
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] == ["--compare"]:
+        if len(argv) < 3:
+            raise ValueError(f"--compare needs at least two evaluation files, got {len(argv) - 1}")
+        return compare(argv[1:], print)
+    output, argv = take_flag(argv, "--output")
+    config = load_config(argv, prog="python -m megatron_tcod.evaluate")
+    log_to_console()
+    preflight(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    try:
+        run = assemble(config)
+        run.publish_weights(0)
+        record = evaluate(run, step=0)
+        if parallel.rank() == 0:
+            print("\n".join(summary_lines(config.model.student, record)))
+            if output:
+                write_evaluation(Path(output), record)
+    finally:
+        parallel.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,92 @@
+"""Student and teacher from Hugging Face directories, and training state to and from checkpoints.
+
+    student = PretrainedStudent(directory, layout, settings, init="load", seed=0)
+    engine.load_weights(student.hf_weights(), version=0)
+    student.save(run / "checkpoints", step=10, state={...}, keep=2)
+    loaded = student.resume(run / "checkpoints")                        # None: nothing there yet
+    teacher = load_teacher(directory, layout)
+
+What a family's tensors are called is `families/`, how they are cut is `mapping.py`, what a checkpoint is made of is
+`checkpoint.py`; this file only holds the pieces of one model together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_tcod.model import checkpoint
+from megatron_tcod.model.mapping import export_hf, load_hf, read_hf_config
+from megatron_tcod.model.parallel import ParallelLayout
+from megatron_tcod.model.student import OptimizerSettings, Student
+from megatron_tcod.model.teacher import Teacher
+
+
+class PretrainedStudent(Student):
+    """A `Student` that knows the names its weights have outside."""
+
+    def __init__(
+        self,
+        directory: str | Path,
+        layout: ParallelLayout,
+        settings: OptimizerSettings,
+        *,
+        init: Literal["load", "random"] = "load",
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ):
+        """Collective. `init` random reads config.json alone and draws the weights from `seed`, equally in every layout.
+
+        ValueError when the directory, its config and its tensors do not agree.
+        """
+        self.directory = Path(directory)
+        self.family, shape = read_hf_config(directory)
+        super().__init__(shape, layout, settings, seed=seed if init == "random" else None, dtype=dtype)
+        if init == "load":
+            load_hf(self.chunks, directory, self.family, shape)
+            self.weights_loaded()
+
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors under Hugging Face names on every rank; every rank of the replica must take every item."""
+        return export_hf(self.chunks, self.family, self.shape)
+
+    def save(self, root: str | Path, *, step: int, state: Mapping[str, Any], keep: int) -> Path:
+        """Write a checkpoint of weights, optimizer, scheduler and `state`. Collective."""
+        return checkpoint.save(
+            root,
+            step=step,
+            chunks=self.chunks,
+            family=self.family,
+            shape=self.shape,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            state=state,
+            tokenizer=self.directory,
+            keep=keep,
+        )
+
+    def resume(self, root: str | Path) -> checkpoint.Loaded | None:
+        """Continue from the newest intact checkpoint, if there is one. Collective."""
+        loaded = checkpoint.load_latest(
+            root,
+            chunks=self.chunks,
+            family=self.family,
+            shape=self.shape,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+        )
+        if loaded is not None:
+            self.weights_loaded()
+        return loaded
+
+
+def load_teacher(directory: str | Path, layout: ParallelLayout, *, dtype: torch.dtype = torch.float32) -> Teacher:
+    """The frozen teacher of a Hugging Face directory, cut like the student. Collective."""
+    family, shape = read_hf_config(directory)
+    teacher = Teacher(shape, layout, seed=None, dtype=dtype)
+    load_hf(teacher.chunks, directory, family, shape)
+    return teacher

@@ -1,0 +1,128 @@
+"""Checks everything about a run that can be checked before any process group, model or server starts.
+
+    lines = preflight(config, world_size=2)         # ValueError: one message with the field, what was expected, the fix
+
+Launch scripts call it through `python -m megatron_tcod.train --dry-run`, so that a mistake costs seconds and one message
+instead of a traceback per rank. It reads configurations, tokenizers and demonstrations, and no weights.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_tcod.assembly import curriculum_of, layout_of, load_demonstrations, needs_file, tokenizer_of, train_tasks
+from megatron_tcod.config import Config
+from megatron_tcod.envs import load_env
+from megatron_tcod.model.build import ModelShape
+from megatron_tcod.model.families.family import Family
+from megatron_tcod.model.mapping import read_hf_config
+from megatron_tcod.model.parallel import ParallelLayout, check_world_size
+from megatron_tcod.rollout.chat import TurnTokenizer, check_same_tokenizer
+
+
+def preflight(config: Config, *, world_size: int | None) -> list[str]:
+    """What the run consists of, a line each. `world_size` None skips the check that needs it."""
+    layout = layout_of(config.parallel)
+    dp = check_world_size(layout, world_size) if world_size is not None else None
+    family, shape = read_model("student", config.model.student)
+    lines = [f"student {family.model_type}: {describe(shape)}"]
+    check_layout("student", shape, layout)
+    tokenizer = tokenizer_of(config, config.model.student)
+    check_vocabulary("student", shape, tokenizer)
+    if config.objective.objective != "sft":
+        family, teacher = read_model("teacher", config.model.teacher)
+        lines.append(f"teacher {family.model_type}: {describe(teacher)}")
+        check_layout("teacher", teacher, layout)
+        check_same_tokenizer(tokenizer, tokenizer_of(config, config.model.teacher))
+        check_vocabulary("teacher", teacher, tokenizer)
+    check_context(config, shape)
+    environment = load_env(config.environment.env)
+    demonstrations = load_demonstrations(config)
+    if needs_file(config) and not demonstrations:
+        raise ValueError(
+            f"demonstrations = {config.curriculum.demonstrations}: the file holds no successful demonstration; "
+            f"collect some with python -m megatron_tcod.demonstrate"
+        )
+    num_tasks = len(train_tasks(config, environment, demonstrations))
+    num_eval = len(environment.tasks(
+        config.evaluation.eval_split, count=config.evaluation.eval_tasks, **config.environment.env_options
+    ))
+    lines.append(f"tasks: {num_tasks} to train on, {num_eval} to evaluate on, {len(demonstrations)} demonstrations")
+    curriculum = curriculum_of(config, demonstrations)
+    depths = [curriculum.depth(step) for step in (0, max(config.training.train_iters - 1, 0))]
+    lines.append(f"curriculum {config.curriculum.curriculum}: k {depths[0]} -> {depths[1]}")
+    check_checkpoints(config, shape)
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    lines.append(f"layout: tp {tp}, pp {pp}, dp {'as launched' if dp is None else dp}")
+    return lines
+
+
+def read_model(role: str, directory: str) -> tuple[Family, ModelShape]:
+    if not directory:
+        raise ValueError(f"{role} is empty; give --{role} a Hugging Face directory with config.json and tokenizer.json")
+    if not Path(directory).is_dir():
+        raise ValueError(f"{role} = {directory}: no such directory; give --{role} a local Hugging Face directory")
+    return read_hf_config(directory)
+
+
+def describe(shape: ModelShape) -> str:
+    return (
+        f"{shape.num_layers} layers, hidden {shape.hidden_size}, {shape.num_attention_heads} heads, "
+        f"vocabulary {shape.vocab_size}"
+    )
+
+
+def check_layout(role: str, shape: ModelShape, layout: ParallelLayout) -> None:
+    """tp divides heads and widths, pp divides layers."""
+    tp = layout.tensor_model_parallel_size
+    for field in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "hidden_size"):
+        if getattr(shape, field) % tp:
+            raise ValueError(
+                f"{role} {field} = {getattr(shape, field)} is not divisible by tensor_model_parallel_size = {tp}; "
+                f"choose a tensor_model_parallel_size that divides it"
+            )
+    chunks = layout.pipeline_model_parallel_size * (layout.virtual_pipeline_model_parallel_size or 1)
+    if role == "teacher":
+        chunks = layout.pipeline_model_parallel_size
+    if shape.num_layers % chunks:
+        raise ValueError(
+            f"{role} num_layers = {shape.num_layers} is not divisible by the {chunks} pipeline chunks "
+            f"(pipeline_model_parallel_size x virtual_pipeline_model_parallel_size); change one of them"
+        )
+
+
+def check_vocabulary(role: str, shape: ModelShape, tokenizer: TurnTokenizer) -> None:
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise ValueError(
+            f"{role} vocab_size = {shape.vocab_size} is smaller than its tokenizer's {tokenizer.vocab_size} ids; "
+            f"resize the embeddings or use the tokenizer that belongs to the model"
+        )
+
+
+def check_context(config: Config, shape: ModelShape) -> None:
+    context = config.rollout.rollout_max_context_len
+    if context > shape.max_position_embeddings:
+        raise ValueError(
+            f"rollout_max_context_len = {context} exceeds the student's max_position_embeddings = "
+            f"{shape.max_position_embeddings}; lower rollout_max_context_len"
+        )
+    if config.rollout.rollout_max_response_len >= context:
+        raise ValueError(
+            f"rollout_max_response_len = {config.rollout.rollout_max_response_len} leaves no room for a prompt in "
+            f"rollout_max_context_len = {context}; lower it"
+        )
+
+
+def check_checkpoints(config: Config, shape: ModelShape) -> None:
+    """A run directory of another model is found before the ranks load it."""
+    states = sorted((Path(config.training.save) / "checkpoints").glob("step_*/state.json"))
+    for path in states[-1:]:
+        saved = json.loads(path.read_text(encoding="utf-8")).get("shape", {})
+        odd = [name for name, value in saved.items() if getattr(shape, name, value) != value]
+        if odd:
+            told = ", ".join(f"{name} is {saved[name]} there and {getattr(shape, name)} in the student" for name in odd)
+            raise ValueError(
+                f"save = {config.training.save} holds a checkpoint of another model: {told}; "
+                f"give --save an empty directory or --student the model it was made with"
+            )

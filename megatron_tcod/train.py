@@ -1,0 +1,239 @@
+"""Train a student: `torchrun --nproc-per-node 2 -m megatron_tcod.train --config run.toml [flags]`.
+
+    python -m megatron_tcod.train --config run.toml --print-config      # the resolved settings as TOML
+    python -m megatron_tcod.train --config run.toml --dry-run           # check everything that can be checked, then stop
+
+The run directory (`--save`) holds config.toml, metrics.jsonl, trajectories.jsonl, checkpoints/ and evaluation/. The same
+command continues an interrupted run from its newest intact checkpoint: records written after it are cut off and made
+again, bit for bit where the environment is deterministic. A finished run has nothing left to do.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from megatron_tcod.assembly import Assembly, assemble
+from megatron_tcod.config import Config, load_config, log_to_console, run_entry_point, take_switch, to_dict, to_toml
+from megatron_tcod.console import ConsoleWriter
+from megatron_tcod.evaluate import evaluate, gather_scores, write_evaluation
+from megatron_tcod.journal import Journal
+from megatron_tcod.metrics import (
+    JsonlWriter,
+    StepMetrics,
+    TensorBoardWriter,
+    reduce_sums,
+    scores_by_turn,
+    trajectory_record,
+)
+from megatron_tcod.model import parallel
+from megatron_tcod.preflight import preflight
+from megatron_tcod.tcod import sft_step, tcod_step
+from megatron_tcod.trajectory import Episode, Microbatch
+
+logger = logging.getLogger(__name__)
+
+
+class PhaseClock:
+    """Wall-clock seconds by phase since the last `take`. Example: `collect = clock.timed("rollout", collect)`."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+        return call
+
+    def take(self) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds, self._seconds = {**self._seconds, "step": now - self._since}, {}
+        self._since = now
+        return seconds
+
+
+class RunRecords:
+    """What a run leaves behind: metrics, trajectories and the console, written by rank 0 alone."""
+
+    def __init__(self, config: Config, *, decode_ids: Callable[[list[int]], str], offsets: dict[str, int]) -> None:
+        self._metrics = StepMetrics(max_turns=config.rollout.max_turns, extra=("loss", "ratio", "clip_fraction"))
+        self._interval = config.training.trajectory_interval
+        self._decode_ids = decode_ids
+        self._stack = ExitStack()
+        self._writers: list[Any] = []
+        self._journals: dict[str, Journal] = {}
+        if parallel.rank():
+            return
+        directory = Path(config.training.save)
+        jsonl = JsonlWriter(directory / "metrics.jsonl")
+        trajectories = Journal(directory / "trajectories.jsonl")
+        self._journals = {"metrics": jsonl.journal, "trajectories": trajectories}
+        for name, journal in self._journals.items():
+            journal.truncate_to(offsets.get(name, 0))
+        self._writers = [jsonl, ConsoleWriter(total_steps=config.training.train_iters)]
+        if config.training.tensorboard_dir:
+            self._writers.append(TensorBoardWriter(config.training.tensorboard_dir))
+        for closing in (*self._writers, trajectories):
+            self._stack.callback(closing.close)
+
+    def write_step(
+        self, step: int, episodes: list[Episode], microbatches: list[Microbatch], stats: Any, seconds: dict[str, float]
+    ) -> None:
+        """Reduce and write one step. Collective: one reduction for the metrics, one gather for the trajectories."""
+        speaks = parallel.tp_rank() == 0 and parallel.pp_rank() == 0  # one rank of each replica
+        mine = episodes if parallel.rank() == 0 else []
+        own = (microbatches, stats.per_token) if speaks else ([], [])
+        sums = reduce_sums(self._metrics.local_sums(mine, *own))
+        record = self._metrics.finish(
+            sums, step=step + 1, seconds=seconds, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr
+        )
+        record = {key: value for key, value in record.items() if math.isfinite(value)}
+        for writer in self._writers:
+            writer.write(record)
+        if step % self._interval == 0:
+            scores = gather_scores(scores_by_turn(*own))
+            if trajectories := self._journals.get("trajectories"):
+                for index, episode in enumerate(episodes):
+                    trajectories.append(trajectory_record(episode, scores.get(index, {}), self._decode_ids))
+
+    def offsets(self) -> dict[str, int]:
+        """Where each journal ends, flushed to disk; read on rank 0."""
+        for journal in self._journals.values():
+            journal.sync()
+        return {name: journal.offset for name, journal in self._journals.items()}
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> RunRecords:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def train(config: Config) -> None:
+    """The run from its newest checkpoint to `train_iters`. Collective over all ranks."""
+    run = assemble(config)
+    clock = PhaseClock()
+    time_phases(run, clock)
+    directory = Path(config.training.save)
+    loaded = run.student.resume(directory / "checkpoints")
+    start, state = (loaded.step, loaded.state) if loaded else (0, {})
+    if parallel.rank() == 0:
+        report_start(config, directory, start, state)
+    run.publish_weights(start)
+    with RunRecords(config, decode_ids=run.tokenizer.decode, offsets=state.get("journals", {})) as records:
+        clock.take()
+        for step in range(start, config.training.train_iters):
+            episodes, microbatches, stats = step_of(run, step)
+            if not stats.is_finite:
+                raise FloatingPointError(
+                    f"step {step + 1}: loss {stats.loss}, gradient norm {stats.grad_norm}; no weight was changed. "
+                    f"Restart to continue from the last checkpoint, with a lower lr if it comes back"
+                )
+            records.write_step(step, episodes, microbatches, stats, clock.take())
+            finish_step(run, records, step + 1)
+            clock.take()
+        if start >= config.training.train_iters and not evaluation_path(directory, start).exists():
+            finish_step(run, records, start)
+
+
+def step_of(run: Assembly, step: int) -> tuple[list[Episode], list[Microbatch], Any]:
+    """The optimizer step after `step` others: on recorded turns for sft, on the student's own otherwise."""
+    if run.config.objective.objective == "sft":
+        demonstrations = run.demonstrations_of(step)
+        return sft_step(demonstrations, student=run.student, objective=run.objective, pack=run.pack)
+    return tcod_step(
+        step,
+        run.tasks_of(step),
+        curriculum=run.curriculum,
+        engine=run.engine,
+        teacher=run.teacher,
+        student=run.student,
+        objective=run.objective,
+        collect=run.collect,
+        pack=run.pack,
+    )
+
+
+def finish_step(run: Assembly, records: RunRecords, done: int) -> None:
+    """Evaluate and save where the intervals or the end say so; `done` counts the finished steps. Collective."""
+    training, evaluation = run.config.training, run.config.evaluation
+    is_last = done == training.train_iters
+    is_due = evaluation.eval_interval and done % evaluation.eval_interval == 0
+    if is_last or is_due:
+        result = evaluate(run, step=done)
+        if parallel.rank() == 0:
+            write_evaluation(evaluation_path(Path(training.save), done), result)
+    if is_last or done % training.save_interval == 0:
+        state = {"journals": records.offsets(), "config": to_dict(run.config)}
+        run.student.save(Path(training.save) / "checkpoints", step=done, state=state, keep=training.keep_checkpoints)
+
+
+def evaluation_path(directory: Path, step: int) -> Path:
+    return directory / "evaluation" / f"step_{step:07d}.json"
+
+
+def time_phases(run: Assembly, clock: PhaseClock) -> None:
+    """Measure the phases of a step from outside, so that the algorithm holds no timers."""
+    run.collect = clock.timed("rollout", run.collect)
+    run.student.train_step = clock.timed("train", run.student.train_step)
+    run.engine.load_weights = clock.timed("weights", run.engine.load_weights)
+    if run.teacher is not None:
+        run.teacher.score = clock.timed("teacher", run.teacher.score)
+
+
+def report_start(config: Config, directory: Path, start: int, state: dict[str, Any]) -> None:
+    """Say where the run stands, and what differs from the settings that the checkpoint was made with."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    if not start:
+        logger.info("training from step 0 to %d in %s", config.training.train_iters, directory)
+        return
+    logger.info("resuming %s at step %d of %d", directory, start, config.training.train_iters)
+    now, before = to_dict(config), state.get("config", {})
+    for part, settings in now.items():
+        if isinstance(settings, dict):
+            for key, value in settings.items():
+                if (old := before.get(part, {}).get(key)) != value:
+                    logger.warning("%s was %r when the checkpoint was made and is %r now", key, old, value)
+
+
+def main(argv: list[str]) -> int:
+    print_config, argv = take_switch(argv, "--print-config")
+    dry_run, argv = take_switch(argv, "--dry-run")
+    config = load_config(argv, prog="python -m megatron_tcod.train")
+    if print_config:
+        print(to_toml(config), end="")
+        return 0
+    log_to_console()
+    checked = preflight(config, world_size=None if dry_run and "WORLD_SIZE" not in os.environ else world_size())
+    if dry_run:
+        print("\n".join(checked))
+        return 0
+    try:
+        train(config)
+    finally:
+        parallel.shutdown()
+    return 0
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# The main job on a CPU, from nothing to a report: `bash tools/quickstart.sh`.
+#
+# Makes an environment, a tokenizer and two small Qwen3 configurations; trains a teacher by SFT on the household expert;
+# collects demonstrations from it; warm-starts a student; trains it with vanilla OPD, F2B and B2F under tensor
+# parallelism; evaluates all on held-out tasks; writes one report.html. Interrupted, it goes on where it was.
+#
+#   QUICKSTART_STEPS    optimizer steps of each of the three runs (default: the TOML's)
+#   PYTHON, TCOD_VENV   see tools/environment.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tools/environment.sh
+enter_environment
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
+
+run=runs/quickstart
+examples=examples/quickstart
+started=$SECONDS
+
+say() { printf '\n== %s (%d s)\n' "$*" "$((SECONDS - started))"; }
+
+launch() { # entry point, arguments: two processes on this machine, checked before they start
+  echo "+ torchrun --standalone --nproc-per-node 2 -m $*"
+  torchrun --standalone --nproc-per-node 2 -m "$@"
+}
+
+train() { # arguments of megatron_tcod.train; does nothing where the run is finished
+  python -m megatron_tcod.train "$@" --dry-run > /dev/null
+  launch megatron_tcod.train "$@"
+}
+
+newest() { # the newest checkpoint of a run
+  echo "$1/checkpoints/$(cat "$1/checkpoints/latest")"
+}
+
+keep() { # from, to: a finished model under a name that does not change
+  [[ -d $2 ]] || { cp -r "$(newest "$1")" "$2.partial" && mv "$2.partial" "$2"; }
+}
+
+[[ -d $run/models/student && -d $run/models/teacher ]] || {
+  say "tokenizer and model configurations"
+  python $examples/prepare.py --output $run/models
+}
+
+[[ -d $run/teacher-final ]] || {
+  say "teacher: SFT on the expert"
+  train --config $examples/teacher.toml
+  keep $run/teacher $run/teacher-final
+}
+
+[[ -f $run/demonstrations.jsonl ]] || {
+  say "demonstrations: the teacher's own successes"
+  launch megatron_tcod.demonstrate --config $examples/distill.toml
+}
+
+[[ -d $run/start ]] || {
+  say "student: warm start by SFT on the demonstrations"
+  train --config $examples/warmstart.toml
+  keep $run/warmstart $run/start
+}
+
+for curriculum in full f2b b2f; do
+  say "student: on-policy distillation, curriculum $curriculum"
+  train --config $examples/distill.toml --curriculum $curriculum --save $run/$curriculum \
+    ${QUICKSTART_STEPS:+--train-iters $QUICKSTART_STEPS}
+done
+
+say "report"
+python -m megatron_tcod.report $run/full $run/f2b $run/b2f --output $run/report.html \
+  --title "TCOD quickstart: one student, three curricula"
+python -m megatron_tcod.evaluate --compare \
+  "$(ls $run/teacher/evaluation/*.json | tail -1)" "$(ls $run/warmstart/evaluation/*.json | tail -1)" \
+  "$(ls $run/full/evaluation/*.json | tail -1)" "$(ls $run/f2b/evaluation/*.json | tail -1)" \
+  "$(ls $run/b2f/evaluation/*.json | tail -1)"
+say "done: open $run/report.html"
