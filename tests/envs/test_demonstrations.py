@@ -1,0 +1,157 @@
+"""Demonstration files: exact round trips, published files replayed, and every broken line named."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import pytest
+
+from megatron_tcod.envs.alfworld import ALFWorld
+from megatron_tcod.envs.demonstrations import locate_game, read_demonstrations, write_demonstrations
+from megatron_tcod.envs.household import Household
+from megatron_tcod.trajectory import Demonstration, DemonstrationTurn, Task
+
+
+@pytest.fixture
+def demonstrations() -> list[Demonstration]:
+    tasks = Household.tasks("train", count=20)
+    return [Household.expert(task, seed=seed, mistake_rate=0.2) for seed, task in enumerate(tasks)]
+
+
+def test_what_is_written_is_read_back_exactly(tmp_path, demonstrations):
+    path = tmp_path / "demos.jsonl"
+    hostile = DemonstrationTurn(observation="\u2028 <|im_end|>\n{}\x00", action="é", text="```\n\"'", token_ids=[0, 9])
+    talking = Demonstration(
+        task=Task(env="household", task_id="x", split="train", payload={"deep": [1, {"a": None}]}),
+        turns=[hostile],
+        success=False,
+        source="checkpoints/teacher",
+    )
+    assert write_demonstrations(path, [*demonstrations, talking]) == 21
+    assert read_demonstrations(path, "household") == [*demonstrations, talking]
+    assert read_demonstrations(path, "household", limit=3) == demonstrations[:3]
+    assert len(path.read_bytes().splitlines()) >= 21 and not list(tmp_path.glob("*.partial"))
+
+
+def test_file_is_plain_json_lines_with_a_version(tmp_path, demonstrations):
+    path = tmp_path / "demos.jsonl"
+    write_demonstrations(path, demonstrations[:1])
+    line = json.loads(path.read_text())
+    assert line["version"] == 1
+    assert line["demonstration"]["turns"][0]["action"] == demonstrations[0].turns[0].action
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, demonstrations):
+    path = tmp_path / "demos.jsonl"
+    write_demonstrations(path, demonstrations[:2])
+
+    def breaks():
+        yield demonstrations[0]
+        raise RuntimeError("the collector died")
+
+    with pytest.raises(RuntimeError):
+        write_demonstrations(path, breaks())
+    assert read_demonstrations(path, "household") == demonstrations[:2]
+
+
+def line_of(demonstration: Demonstration, **changes: object) -> str:
+    fields = msgspec.to_builtins(demonstration)
+    return json.dumps({"version": 1, "demonstration": {**fields, **changes}})
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda demo: line_of(demo)[:-40], "the line is cut off"),
+        (lambda demo: line_of(demo)[:-40] + "\n", "the line is no JSON"),
+        (lambda demo: "\n", "the line is no JSON"),
+        (lambda demo: "[1, 2]\n", "the line is a list; expected one JSON object"),
+        (lambda demo: '{"version": 1}\n', "missing required field `demonstration`"),
+        (lambda demo: '{"version": 2, "demonstration": {}}\n', "version 2; expected 1"),
+        (lambda demo: '{"demonstration": {}}\n', "required field"),
+        (lambda demo: line_of(demo, turns=[{"action": 3}]), r"turns\[0\]"),
+        (lambda demo: line_of(demo, success="yes"), "Expected `bool`"),
+        (lambda demo: line_of(demo)[:-1] + ', "extra": 1}', "unknown field `extra`"),
+        (lambda demo: line_of(demo, task={**msgspec.to_builtins(demo.task), "env": "webshop"}), "expected 'household'"),
+        (lambda demo: '{"game_file": "x", "actions": []}\n', "expected lines for env 'household'"),
+        (lambda demo: '{"game_file": "x", "actions": "look"}\n', "Expected `array`"),
+    ],
+)
+def test_broken_line_is_named_with_what_was_expected(tmp_path, demonstrations, broken, message):
+    path = tmp_path / "demos.jsonl"
+    write_demonstrations(path, demonstrations[:4])
+    with open(path, "a") as file:
+        file.write(broken(demonstrations[4]))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_demonstrations(path, "household")
+    assert f"{path}:5: " in str(caught.value)
+
+
+def test_invalid_utf8_is_named(tmp_path):
+    path = tmp_path / "demos.jsonl"
+    path.write_bytes(b'{"version": "\xff\xfe"}\n')
+    with pytest.raises(ValueError, match=r"demos.jsonl:1: "):
+        read_demonstrations(path, "household")
+
+
+def test_missing_and_empty_files_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        read_demonstrations(tmp_path / "none.jsonl", "household")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="is empty"):
+        read_demonstrations(tmp_path / "empty.jsonl", "household")
+
+
+@pytest.mark.parametrize(
+    "published",
+    [
+        "/home/someone/data/json_2.1.1/{game}",
+        "{game}",
+        "C:\\alfworld\\json_2.1.1\\{game}",
+        "/mnt/train/alfworld/train/valid_seen/json_2.1.1/{game}",
+    ],
+)
+def test_published_path_is_found_below_the_root(tmp_path, published):
+    game = "train/pick_and_place_simple-Pen-None-Desk-1/trial_T1/game.tw-pddl"
+    (tmp_path / game).parent.mkdir(parents=True)
+    (tmp_path / game).touch()
+    spelled = game.replace("/", "\\") if "\\" in published else game
+    assert locate_game(published.format(game=spelled), tmp_path, where="f:1") == game
+
+
+def test_published_path_that_is_not_there_or_climbs_out_is_an_error(tmp_path):
+    for published in ("/data/train/a/b/game.tw-pddl", "train/../train/b/game.tw-pddl", "", "/etc/passwd"):
+        with pytest.raises(ValueError, match="f:7: no tail of game_file"):
+            locate_game(published, tmp_path, where="f:7")
+
+
+def test_published_file_is_recorded_by_replaying_it(tmp_path, alfworld_games):
+    tasks = ALFWorld.tasks("train", root=str(alfworld_games), count=3)
+    expected = [ALFWorld.expert(task, seed=0, root=str(alfworld_games)) for task in tasks]
+    path = tmp_path / "train_expert.jsonl"
+    with open(path, "w") as file:
+        for index, demonstration in enumerate(expected):
+            actions = [turn.action for turn in demonstration.turns]
+            game = f"/somebody/else/alfworld_data/json_2.1.1/{demonstration.task.payload['game']}"
+            file.write(json.dumps({"game_file": game, "actions": actions if index < 2 else [], "target": ""}) + "\n")
+    read = read_demonstrations(path, "alfworld", root=str(alfworld_games))
+    for demonstration, original in zip(read[:2], expected[:2], strict=True):
+        assert demonstration.task == original.task and demonstration.success and demonstration.source == "published"
+        assert demonstration.turns == original.turns
+        assert demonstration.final_observation == original.final_observation
+    assert read[2].turns == [] and not read[2].success
+    write_demonstrations(tmp_path / "recorded.jsonl", read)
+    assert read_demonstrations(tmp_path / "recorded.jsonl", "alfworld") == read
+
+
+def test_unsolved_and_overlong_published_commands_are_kept_as_they_are(tmp_path, alfworld_games, caplog):
+    task = ALFWorld.tasks("train", root=str(alfworld_games), count=1)[0]
+    actions = [turn.action for turn in ALFWorld.expert(task, seed=0, root=str(alfworld_games)).turns]
+    path = tmp_path / "train_expert.jsonl"
+    lines = [["fly to moon 1", actions[0]], [*actions, "look", "look"]]
+    path.write_text("".join(json.dumps({"game_file": task.payload["game"], "actions": line}) + "\n" for line in lines))
+    short, long = read_demonstrations(path, "alfworld", root=str(alfworld_games))
+    assert not short.success and short.turns[1].observation == "Nothing happens."
+    assert long.success and len(long.turns) == len(actions)
+    assert f"solved by {len(actions)} of {len(actions) + 2} commands" in caplog.text

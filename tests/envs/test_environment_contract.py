@@ -1,0 +1,131 @@
+"""What every environment in the table ENVS must do, whatever it is. A new entry is tested unasked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from megatron_tcod.envs import ENVS, load_env
+from megatron_tcod.envs.base import Step
+from megatron_tcod.trajectory import Demonstration, Task, decode, encode
+
+TRAIN_SPLIT = "train"
+
+HOSTILE = ["", "   ", "\n", "{}", "%s{0}", "\x00", "go", "<|im_end|>", "\ud800", "Ω≈ç√ 🍎", "x" * 100_000]
+
+
+@pytest.fixture(params=sorted(ENVS))
+def family(request):
+    """The family, its tasks and the options it needs on this machine."""
+    options = {}
+    if request.param == "alfworld":
+        options["root"] = str(request.getfixturevalue("alfworld_games"))
+    kind = load_env(request.param)
+    return request.param, kind, kind.tasks(TRAIN_SPLIT, **options)[:3], options
+
+
+def play(family, task: Task, actions: list[str]) -> list[Step]:
+    _, kind, _, options = family
+    episode = kind.make(task, **options)
+    try:
+        return [Step(episode.reset()), *(episode.step(action) for action in actions)]
+    finally:
+        episode.close()
+
+
+def test_tasks_are_plain_data_of_this_environment_in_a_fixed_order(family):
+    name, kind, tasks, options = family
+    assert kind.tasks(TRAIN_SPLIT, **options)[:3] == tasks
+    assert len({task.task_id for task in tasks}) == len(tasks) > 0
+    for task in tasks:
+        assert task.env == name and task.split == TRAIN_SPLIT and task.family
+        assert decode(encode(task), Task) == task
+        assert msgspec.convert(json.loads(json.dumps(msgspec.to_builtins(task))), Task) == task
+
+
+def test_expert_solves_and_its_record_replays_exactly(family):
+    _, kind, tasks, options = family
+    for task in tasks:
+        demonstration = kind.expert(task, seed=0, **options)
+        assert demonstration.success and demonstration.task == task and demonstration.turns
+        steps = play(family, task, [turn.action for turn in demonstration.turns])
+        seen = [kind.normalise(step.observation) for step in steps]
+        recorded = [turn.observation for turn in demonstration.turns] + [demonstration.final_observation]
+        assert seen == [kind.normalise(observation) for observation in recorded]
+        assert [step.done for step in steps] == [False] * (len(steps) - 1) + [True]
+        assert steps[-1].reward > 0 and steps[-1].info["success"]
+        assert all(step.info["accepted"] for step in steps[1:])
+        assert decode(encode(demonstration), Demonstration) == demonstration
+
+
+def test_expert_with_mistakes_marks_them_and_still_succeeds(family):
+    _, kind, tasks, options = family
+    demonstrations = [kind.expert(task, seed=1, mistake_rate=0.3, **options) for task in tasks]
+    assert all(demonstration.success for demonstration in demonstrations)
+    marks = [turn.is_trained for demonstration in demonstrations for turn in demonstration.turns]
+    assert False in marks and True in marks
+
+
+def test_two_episodes_of_one_task_do_not_share_anything(family):
+    _, kind, tasks, options = family
+    actions = [turn.action for turn in kind.expert(tasks[0], seed=0, **options).turns]
+    alone = play(family, tasks[0], actions)
+    first, second = kind.make(tasks[0], **options), kind.make(tasks[0], **options)
+    seen = [first.reset(), second.reset()]
+    for action in actions:
+        step = first.step(action)
+        second.step(actions[0])
+        seen.append(step.observation)
+    first.close()
+    second.close()
+    assert seen[1:] == [step.observation for step in alone]
+
+
+def test_hostile_actions_are_refused_and_the_episode_goes_on(family):
+    _, kind, tasks, options = family
+    episode = kind.make(tasks[0], **options)
+    assert episode.reset()
+    for action in HOSTILE:
+        step = episode.step(action)
+        assert step.info["accepted"] is False and not step.done and step.reward == 0 and step.observation
+    episode.close()
+    assert play(family, tasks[0], [turn.action for turn in kind.expert(tasks[0], seed=0, **options).turns])[-1].done
+
+
+def test_close_may_come_early_and_twice(family):
+    _, kind, tasks, options = family
+    episode = kind.make(tasks[0], **options)
+    episode.close()
+    episode = kind.make(tasks[0], **options)
+    episode.reset()
+    episode.close()
+    episode.close()
+
+
+def test_unknown_split_names_the_known_ones(family):
+    name, kind, _, options = family
+    with pytest.raises(ValueError, match=f"{name} has no split 'nosuch'.*train"):
+        kind.tasks("nosuch", **options)
+
+
+def test_normalise_is_idempotent_and_keeps_words(family):
+    _, kind, tasks, _ = family
+    text = " You  see\na desk 1. "
+    assert kind.normalise(kind.normalise(text)) == kind.normalise(text) == "You see a desk 1."
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(ValueError, match="did you mean household"):
+        load_env("houshold")
+
+
+@pytest.mark.parametrize("name", sorted(ENVS))
+def test_importing_an_environment_imports_neither_megatron_nor_a_server(name):
+    script = f"import sys; from megatron_tcod.envs import load_env; load_env({name!r}); print(' '.join(sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    imported = {module.split(".")[0] for module in ended.stdout.split()}
+    assert not {"megatron", "sglang", "transformers", "textworld"} & imported
