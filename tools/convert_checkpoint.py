@@ -6,9 +6,9 @@
     python tools/convert_checkpoint.py --direction megatron-to-hf --input shards --output qwen-again
 
 The Megatron side holds `tp_00_pp_00.safetensors` and so on, each with the parameter names and shapes of that rank's
-model (layers count from 0 in every stage, as in Megatron's own `named_parameters`), config.json, and manifest.json with a
-sha256 of every file and every tensor. The inverse checks all of them first. One process, one parameter in memory at a
-time, any tp and pp; no process groups. Exit code 0, or 2 with one line that says what to correct.
+model (layers count from 0 in every stage, as in Megatron's own `named_parameters`), config.json, and manifest.json
+with a sha256 of every file and every tensor. The inverse checks all of them first. One process, one parameter in
+memory at a time, any tp and pp; no process groups. Exit code 0, or 2 with one line that says what to correct.
 
 It does not convert training state (`model/checkpoint.py` does not need converting), and it does not know interleaved
 pipelines: load the Hugging Face directory at start instead.
@@ -127,7 +127,9 @@ def _write_stage(
 def _one_dtype(files: WeightFiles, slot: Slot) -> torch.dtype:
     dtypes = {name: files.dtypes[name] for name in slot.hf}
     if len(set(dtypes.values())) > 1:
-        raise ValueError(f"{files.directory}: {slot.megatron} joins tensors of several dtypes {dtypes}; cast them to one")
+        raise ValueError(
+            f"{files.directory}: {slot.megatron} joins tensors of several dtypes {dtypes}; cast them to one"
+        )
     return next(iter(dtypes.values()))
 
 
@@ -135,7 +137,9 @@ def megatron_to_hf(source: Path, target: Path, *, tp_size: int | None, pp_size: 
     """Write a Hugging Face directory from rank files whose manifest verifies; returns the number of tensors written."""
     manifest = verify_manifest(source)
     if manifest.get("format") != FORMAT:
-        raise ValueError(f"{source}: not written by hf-to-megatron (format {manifest.get('format')!r}); pass that output")
+        raise ValueError(
+            f"{source}: not written by hf-to-megatron (format {manifest.get('format')!r}); pass that output"
+        )
     sizes = {}
     for name, given in (("tensor_model_parallel_size", tp_size), ("pipeline_model_parallel_size", pp_size)):
         sizes[name] = manifest[name]
@@ -148,7 +152,9 @@ def megatron_to_hf(source: Path, target: Path, *, tp_size: int | None, pp_size: 
     check_layout(shape, ParallelLayout(**sizes))
     model, recorded = {"model_type": family.model_type, **asdict(shape)}, manifest["model"]
     odd = [
-        f"{name} {value!r}, expected {recorded.get(name)!r}" for name, value in model.items() if recorded.get(name) != value
+        f"{name} {value!r}, expected {recorded.get(name)!r}"
+        for name, value in model.items()
+        if recorded.get(name) != value
     ]
     if odd:
         raise ValueError(f"{source}: config.json is not the one converted: {', '.join(odd)}; restore config.json")

@@ -179,8 +179,8 @@ def find_latest(root: str | Path) -> Path | None:
         return path
     if reasons:
         raise CheckpointError(
-            f"{root}: none of {len(reasons)} checkpoints is intact ({'; '.join(reasons)}); restore one, or start a new run "
-            "in another directory"
+            f"{root}: none of {len(reasons)} checkpoints is intact ({'; '.join(reasons)}); restore one, or start "
+            "a new run in another directory"
         )
     return None
 
@@ -249,10 +249,12 @@ class AdamState:
                 self._owner.update({id(parameter): (inner, group) for parameter in group["params"]})
         for name, parameter in named_parameters(chunks):
             if id(_main(parameter)) not in self._owner:
-                raise ValueError(f"parameter {name} is not in the optimizer; build the optimizer from these model chunks")
+                raise ValueError(
+                    f"parameter {name} is not in the optimizer; build the optimizer from these model chunks"
+                )
 
     def export(self, family: Family, shape: ModelShape) -> Iterator[Any]:
-        """First the plan for `TensorWriter`, then (name, full tensor) pairs in its order. Collective, as `export_hf`."""
+        """First the plan for `TensorWriter`, then (name, full tensor) pairs in its order. Collective."""
         kinds = [*MOMENTS, *(["main_param"] if self._has_main() else [])]
         plan = [
             (f"{kind}.{name}", torch.float32, size)
@@ -271,8 +273,8 @@ class AdamState:
         with WeightFiles(path.parent, file_names=[path.name]) as files:
             if self._has_main() != any(name.startswith("main_param.") for name in files):
                 raise CheckpointError(
-                    f"{path}: this run {'has' if self._has_main() else 'has no'} fp32 master weights, the checkpoint is of "
-                    "the other precision; resume with the precision of the checkpoint"
+                    f"{path}: this run {'has' if self._has_main() else 'has no'} fp32 master weights, the checkpoint "
+                    "is of the other precision; resume with the precision of the checkpoint"
                 )
             for kind in MOMENTS:
                 load_named(
@@ -285,7 +287,11 @@ class AdamState:
             if self._has_main():
                 masters = _Prefixed(files, "main_param")
                 load_named(
-                    self._chunks, family, shape, masters, write=lambda parameter, part: _main_data(parameter).copy_(part)
+                    self._chunks,
+                    family,
+                    shape,
+                    masters,
+                    write=lambda parameter, part: _main_data(parameter).copy_(part),
                 )
             self._set_step(float(files["step"]))
 
@@ -358,6 +364,8 @@ def _torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     """The torch optimizers under Megatron's wrappers; ValueError for the distributed optimizer."""
     wrappers = getattr(optimizer, "chained_optimizers", [optimizer])
     if any(type(wrapper).__name__ == "DistributedOptimizer" for wrapper in wrappers):
-        raise ValueError("checkpoints do not support Megatron's distributed optimizer; set use_distributed_optimizer False")
+        raise ValueError(
+            "checkpoints do not support Megatron's distributed optimizer; set use_distributed_optimizer False"
+        )
     inner = [wrapper if isinstance(wrapper, torch.optim.Optimizer) else wrapper.optimizer for wrapper in wrappers]
     return [found for found in inner if found is not None]

@@ -99,8 +99,8 @@ def check_tensors(files: WeightFiles, family: Family, shape: ModelShape) -> None
         unexpected.remove("lm_head.weight")
     if unexpected:
         raise ValueError(
-            f"{where}: unexpected tensor {unexpected[0]} {list(files.shapes[unexpected[0]])} ({len(unexpected)} in all), "
-            f"expected none of that name; {_presence_hint(unexpected[0], shape)}"
+            f"{where}: unexpected tensor {unexpected[0]} {list(files.shapes[unexpected[0]])} ({len(unexpected)} in "
+            f"all), expected none of that name; {_presence_hint(unexpected[0], shape)}"
         )
 
 

@@ -158,7 +158,9 @@ class TensorWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         if kind is None:
-            assert len(self.digests) == len(self._plan), f"{self.path}: {len(self.digests)} of {len(self._plan)} tensors"
+            assert len(self.digests) == len(self._plan), (
+                f"{self.path}: {len(self.digests)} of {len(self._plan)} tensors"
+            )
             self._file.flush()
             os.fsync(self._file.fileno())
         self._file.close()
@@ -255,7 +257,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write_manifest(directory: Path, content: Mapping[str, Any], *, known: Mapping[str, str] | None = None) -> None:
-    """Write manifest.json: `content` plus size and sha256 of every file in `directory`; `known` spares hashing twice."""
+    """Write manifest.json: `content` plus size and sha256 of every file in `directory`; `known` saves rehashing."""
     known = known or {}
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": known.get(path.name) or file_sha256(path)}

@@ -1,4 +1,4 @@
-"""Training checkpoints: resumed runs end on the same bits, layouts may change, damage is found, nothing is half there."""
+"""Training checkpoints: resumed runs end on the same bits, layouts may change, damage is found, nothing stays half."""
 
 import dataclasses
 import json
@@ -46,8 +46,12 @@ def train(student, start, stop, shape=SHAPE):
     """Optimizer steps `[start, stop)` on gradients that depend on the step and the full tensor's name only."""
     for step in range(start, stop):
         generator = torch.Generator().manual_seed(step)
-        gradients = {name: torch.randn(size, generator=generator) for name, _, size in hf_plan(FAMILY, shape, torch.float32)}
-        load_named(student.chunks, FAMILY, shape, gradients, write=lambda parameter, part: parameter.main_grad.copy_(part))
+        gradients = {
+            name: torch.randn(size, generator=generator) for name, _, size in hf_plan(FAMILY, shape, torch.float32)
+        }
+        load_named(
+            student.chunks, FAMILY, shape, gradients, write=lambda parameter, part: parameter.main_grad.copy_(part)
+        )
         student.optimizer.prepare_grads()
         student.optimizer.step_with_ready_grads()
         student.scheduler.step(1)
@@ -199,7 +203,7 @@ def lone_rank():
 
 
 def test_resumed_weights_equal_plain_adamw(tmp_path):
-    """Against torch's AdamW on the full tensors, the interruption included; the same bits but for rounding of a tail."""
+    """Against torch's AdamW on the full tensors, interruptions included, up to the rounding of fp32."""
     student = new_student()
     full = {name: torch.nn.Parameter(tensor.double()) for name, tensor in weights(student).items()}
     groups = [
@@ -343,7 +347,9 @@ def test_every_flipped_bit_is_found_and_the_one_before_is_taken(root, caplog):
             caplog.clear()
             with caplog.at_level(logging.WARNING):
                 assert find_latest(root) == root / "step_0000001", (name, position)
-            assert "step_0000002 is not intact" in caplog.text and "falling back to checkpoint step_0000001" in caplog.text
+            assert (
+                "step_0000002 is not intact" in caplog.text and "falling back to checkpoint step_0000001" in caplog.text
+            )
         path.write_bytes(intact)
     assert find_latest(root) == newest
 

@@ -301,7 +301,10 @@ DISAGREEMENTS = {
     ),
     "another width": (lambda d: edit_config(d, hidden_size=64, head_dim=8), ["[507, 64]", "[507, 32]", "hidden_size"]),
     "another vocabulary": (lambda d: edit_config(d, vocab_size=512), ["[512, 32]", "[507, 32]", "vocab_size"]),
-    "another ffn width": (lambda d: edit_config(d, intermediate_size=96), ["intermediate_size", "[96, 32]", "[48, 32]"]),
+    "another ffn width": (
+        lambda d: edit_config(d, intermediate_size=96),
+        ["intermediate_size", "[96, 32]", "[48, 32]"],
+    ),
     "other query groups": (lambda d: edit_config(d, num_key_value_heads=2), ["k_proj", "num_key_value_heads"]),
     "tied in the config only": (lambda d: edit_config(d, tie_word_embeddings=True), ["tie_word_embeddings", "lm_head"]),
     "another family": (lambda d: edit_config(d, model_type="qwen3"), ["q_norm.weight", "missing", "model_type"]),
@@ -318,7 +321,9 @@ DISAGREEMENTS = {
         ["unexpected tensor extra [2]"],
     ),
     "a quantised tensor": (
-        lambda d: edit_tensors(d, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
+        lambda d: edit_tensors(
+            d, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})
+        ),
         ["model.norm.weight", "I8", "unquantised"],
     ),
     "a truncated file": (truncate, ["model.safetensors", "truncated"]),

@@ -83,8 +83,8 @@ class Slot:
             return LAYOUTS[self.kind].shard(tensors, shape, tp_size, tp_rank)
         except _Indivisible as error:
             raise ValueError(
-                f"{self.megatron}: {error.size} rows or columns do not split over tensor-model-parallel-size {tp_size}; "
-                "choose a size that divides the attention heads, the query groups and the ffn width"
+                f"{self.megatron}: {error.size} rows or columns do not split over tensor-model-parallel-size "
+                f"{tp_size}; choose a size that divides the attention heads, the query groups and the ffn width"
             ) from None
 
     def join(self, shards: Sequence[torch.Tensor], shape: ModelShape) -> list[torch.Tensor]:
