@@ -132,6 +132,7 @@ def transformer_config(shape: ModelShape, layout: ParallelLayout, *, dtype: torc
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # initialize_weights draws per name instead
         gradient_accumulation_fusion=False,
+        cuda_graph_scope=[],  # the default is a deprecated word for this
     )
 
 
@@ -196,7 +197,7 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, vp_stage: int | N
             vp_stage=vp_stage,
         )
     if chunk.post_process:
-        chunk.output_layer.__class__ = HiddenOutput
+        chunk.output_layer.__class__ = HiddenOutput  # GPTModel's constructor takes no output layer; weight and keys stay
     chunk.shape = shape
     return chunk.to(parallel.device())
 
@@ -316,12 +317,21 @@ def _draw(name: str, kind: str, parameter: Tensor, shape: ModelShape, *, seed: i
 
 
 def packed_rows(chunk: torch.nn.Module, cu_seqlens: Tensor) -> PackedRows:
-    """What the attention of `chunk` needs to know about rows packed at `cu_seqlens [B+1]`."""
+    """What the attention of `chunk` needs to know about rows packed at `cu_seqlens [B+1]`.
+
+    ValueError when a row is longer than the positions that the model knows.
+    """
     model: Any = unwrap(chunk)
     shape: ModelShape = model.shape
-    return PackedRows.build(
+    rows = PackedRows.build(
         cu_seqlens, head_dim=shape.kv_channels, rotary_base=shape.rotary_base, dtype=model.config.params_dtype
     )
+    if rows.max_seqlen_q > shape.max_position_embeddings:
+        raise ValueError(
+            f"a row has {rows.max_seqlen_q} tokens, the model knows {shape.max_position_embeddings} positions "
+            "(max_position_embeddings); limit the context of the rollouts to that"
+        )
+    return rows
 
 
 def forward_hidden(chunk: torch.nn.Module, microbatch: Microbatch, *, rows: PackedRows | None = None) -> Tensor:

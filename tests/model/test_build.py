@@ -123,6 +123,13 @@ def test_one_row_per_turn_and_one_row_per_trajectory_give_the_same_hidden_states
         torch.testing.assert_close(part, whole[:stop], rtol=0, atol=2e-6)
 
 
+def test_row_beyond_the_positions_of_the_model_is_refused():
+    chunks = build.build_model(tiny_shape(max_position_embeddings=20), ParallelLayout(), seed=2, wrap_ddp=False)
+    build.forward_hidden(chunks[0], pack_rows(random_rows([20, 20])))
+    with pytest.raises(ValueError, match="a row has 21 tokens, the model knows 20 positions"):
+        build.forward_hidden(chunks[0], pack_rows(random_rows([20, 21])))
+
+
 def test_frozen_model_takes_no_gradient_and_a_wrapped_one_has_fp32_gradient_buffers():
     shape = tiny_shape()
     frozen = build.build_model(shape, ParallelLayout(), seed=0, wrap_ddp=False)

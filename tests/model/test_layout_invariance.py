@@ -63,7 +63,11 @@ def _step(layout: ParallelLayout, is_tied: bool, split: list[list[int]], objecti
     initial = _full(student.chunks, lambda parameter: parameter.data)
     microbatches = _microbatches(split)[parallel.dp_rank() :: parallel.dp_size()]
     make = make_objective(objective, vocab_size=VOCAB)
-    stats = student.train_step(microbatches, teacher.score(microbatches), make)
+    targets = teacher.score(microbatches)
+    measured = student.measure(microbatches, targets, make)
+    stats = student.train_step(microbatches, targets, make)
+    for before, trained in zip(measured, stats.per_token, strict=True):
+        assert all(torch.equal(before[key], values) for key, values in trained.items()), "measuring is not training"
     gradients = _full(student.chunks, lambda parameter: parameter.main_grad)
     tensors = {f"initial.{name}": tensor for name, tensor in initial.items()}
     tensors |= {f"gradient.{name}": tensor for name, tensor in gradients.items()}
