@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -347,6 +348,30 @@ def test_hostile_text_stays_text(tmp_path):
     data = json.dumps(page.data, ensure_ascii=False)
     for hostile in HOSTILE:
         assert json.dumps(hostile, ensure_ascii=False)[1:-1] in data, "the text itself is kept, unchanged"
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed; it draws the page here")
+@pytest.mark.parametrize("hostile", [False, True])
+def test_a_browser_draws_every_part_and_hostile_text_makes_no_element(tmp_path, hostile):
+    directories = []
+    for seed in (1, 2):
+        directory = tmp_path / f"run{seed}"
+        directory.mkdir()
+        directories.append(make_run(directory, kind="b2f", seed=seed, hostile=hostile, num_steps=8))
+    (tmp_path / "page.html").write_text(build_report(directories, title="Two runs"), encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    command = ["chromium", *flags.split(), "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
+    address = (tmp_path / "page.html").as_uri()
+    result = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, timeout=120)
+    page = Page(result.stdout)
+    tags = [tag for tag, _ in page.elements]
+    assert tags.count("script") == 2 and not {"img", "iframe", "a", "object"} & set(tags)
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+    assert tags.count("canvas") == 3, "one heatmap a run and the colour scale"
+    assert tags.count("table") == 5 and tags.count("svg") >= 14 and tags.count("option") == 2
+    classes = [attributes.get("class") for _, attributes in page.elements]
+    assert classes.count("turn teacher") > 0 and classes.count("heat") == 2
+    assert "TypeError" not in result.stderr and "ReferenceError" not in result.stderr
 
 
 def test_the_scripts_never_parse_a_string_as_markup_or_code_and_ask_for_nothing(three_runs):

@@ -69,7 +69,7 @@ def _cut_short(run: Run) -> Iterator[str]:
     counts = {key.removeprefix("end/"): n for key, n in outcome_counts(run).items() if key.startswith("end/")}
     total, cut = sum(counts.values()), counts.get("context_length", 0)
     if total and cut > 0.05 * total:
-        yield f"{cut / total:.1%} of episodes ended because the context was full (more than 5 %)."
+        yield f"{cut / total:.1%} of episodes ended because the context was full (more than 5%)."
 
 
 def _non_finite(run: Run) -> Iterator[str]:
@@ -113,13 +113,13 @@ def _samples_are_not_tasks(run: Run) -> Iterator[str]:
             f"The evaluation holds {len(final.tasks)} episodes of {num_tasks} tasks. Episodes of one task are alike, "
             "so the interval and the paired tests are more certain than they should be."
         )
-    low, high = final.interval
-    if high - low > 0.2:
-        yield f"The 95 % interval of held-out success is {100 * (high - low):.0f} points wide: few tasks were played."
 
 
 def _limits_of_comparison(runs: Sequence[Run]) -> Iterator[str]:
     evaluated = [run for run in runs if run.final_evaluation is not None]
+    widths = [100 * (high - low) for low, high in (run.final_evaluation.interval for run in evaluated)]
+    if widths and max(widths) > 20:
+        yield f"95% intervals of held-out success are up to {max(widths):.0f} points wide: few tasks were played."
     if len(runs) > 1:
         yield "Each run is one training seed. Intervals cover the choice of tasks, not what another seed would give."
         lasts = [run.steps[-1]["step"] for run in runs]

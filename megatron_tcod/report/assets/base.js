@@ -50,7 +50,7 @@ function short(value, digits = 3) {
   return `${+value.toPrecision(digits)}`;
 }
 
-const percent = (value, digits = 1) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(digits)} %`);
+const percent = (value, digits = 1) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(digits)}%`);
 
 function duration(seconds) {
   if (seconds === null || seconds === undefined) return "–";
@@ -58,6 +58,8 @@ function duration(seconds) {
   if (seconds < 5400) return `${Math.floor(seconds / 60)} min ${String(Math.round(seconds % 60)).padStart(2, "0")} s`;
   return `${Math.floor(seconds / 3600)} h ${String(Math.round((seconds % 3600) / 60)).padStart(2, "0")} min`;
 }
+
+const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 
 function fill(id, ...children) {
   find(id).replaceChildren(...children);

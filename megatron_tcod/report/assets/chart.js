@@ -1,5 +1,6 @@
 // Line charts: chart("id", () => spec) draws now and whenever something changes.
-// spec: { series: [{ index, name, points: [[x, y]], raw, marks, whiskers: [[low, high]] }], x: { label, format }, y: { format, log, from, to }, height }
+// spec: { series: [{ index, name, points: [[x, y]], smooth, marks, whiskers: [[low, high]], shift }], x: { label, format, whole },
+//         y: { label, format, exact, log, from, to }, height, label, missing }; shift moves a series by pixels so that marks do not hide each other.
 
 function chart(id, describe) {
   const box = find(id);
@@ -13,7 +14,7 @@ function drawChart(box, spec) {
   const known = series.flatMap((one) => one.points.filter(([, y]) => y !== null));
   if (!known.length) return box.replaceChildren(empty(spec.missing || "Not recorded."));
   const width = Math.max(240, box.clientWidth), height = spec.height || 250;
-  const frame = { left: 48, right: width - 12, top: 10, bottom: height - 36 };
+  const frame = { left: spec.y.label ? 58 : 48, right: width - 12, top: 10, bottom: height - 36 };
   const x = scaleOf(spread(known.map((point) => point[0])), [frame.left, frame.right], false);
   const reach = series.flatMap((one) => (one.whiskers || []).flat());
   const y = scaleOf(verticalRange(known.map((point) => point[1]).concat(reach), spec.y), [frame.bottom, frame.top], spec.y.log);
@@ -30,10 +31,13 @@ function spread(values) {
 }
 
 function verticalRange(values, axis) {
-  let [low, high] = spread(values);
-  if (axis.log) return values.length && low > 0 ? [low / 1.15, high * 1.15] : [Math.min(...values.filter((v) => v > 0)), high * 1.15];
-  low = axis.from !== undefined ? Math.min(axis.from, low) : low;
-  return [low, axis.to !== undefined ? Math.max(axis.to, high) : high + (high - low) * 0.06];
+  if (axis.log) {
+    const positive = values.filter((value) => value > 0);
+    return [Math.min(...positive) / 1.15, Math.max(...positive) * 1.15];
+  }
+  const low = Math.min(...values, axis.from ?? Infinity), high = Math.max(...values, axis.to ?? -Infinity);
+  if (low === high) return low === 0 ? [0, 1] : spread([low, high]);
+  return [low, axis.to !== undefined ? high : high + (high - low) * 0.06];
 }
 
 function scaleOf([low, high], [start, end], log) {
@@ -68,6 +72,7 @@ function drawAxes(svg, frame, x, y, spec) {
     svg.append(shape("text", { x: frame.left - 8, y: y(tick) + 4, "text-anchor": "end" }, spec.y.format(tick)));
   }
   svg.append(shape("line", { class: "axis", x1: frame.left, x2: frame.right, y1: frame.bottom, y2: frame.bottom }));
+  if (spec.y.label) svg.append(shape("text", { transform: `translate(11 ${(frame.top + frame.bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, spec.y.label));
   const whole = spec.x.whole;
   for (const tick of x.ticks(Math.max(3, Math.round((frame.right - frame.left) / 90))).filter((tick) => !whole || Number.isInteger(tick))) {
     svg.append(shape("text", { x: x(tick), y: frame.bottom + 16, "text-anchor": "middle" }, spec.x.format(tick)));
@@ -75,18 +80,18 @@ function drawAxes(svg, frame, x, y, spec) {
   svg.append(shape("text", { x: (frame.left + frame.right) / 2, y: frame.bottom + 32, "text-anchor": "middle" }, spec.x.label));
 }
 
-function pathOf(points, x, y) {
+function pathOf(points, x, y, shift) {
   let path = "", isDown = false;
   for (const [px, py] of points) {
-    if (py !== null) path += `${isDown ? "L" : "M"}${x(px).toFixed(1)} ${y(py).toFixed(1)}`;
+    if (py !== null) path += `${isDown ? "L" : "M"}${(x(px) + shift).toFixed(1)} ${y(py).toFixed(1)}`;
     isDown = py !== null;
   }
   return path;
 }
 
 function drawSeries(svg, one, x, y) {
-  const stroke = colour(one.index);
-  const line = (points, kind) => svg.append(painted(shape("path", { class: kind, d: pathOf(points, x, y) }), "stroke", stroke));
+  const stroke = colour(one.index), shift = one.shift || 0;
+  const line = (points, kind) => svg.append(painted(shape("path", { class: kind, d: pathOf(points, x, y, shift) }), "stroke", stroke));
   if (one.smooth && one.points.length > 8) {
     line(one.points, "line raw");
     line(runningMean(one.points), "line");
@@ -94,12 +99,12 @@ function drawSeries(svg, one, x, y) {
     line(one.points, "line");
   }
   (one.whiskers || []).forEach(([low, high], i) => {
-    const at = x(one.points[i][0]) + (one.shift || 0);
+    const at = x(one.points[i][0]) + shift;
     svg.append(painted(shape("line", { class: "whisker", x1: at, x2: at, y1: y(low), y2: y(high) }), "stroke", stroke));
   });
   if (one.marks || one.points.length === 1) {
     for (const [px, py] of one.points.filter(([, value]) => value !== null)) {
-      svg.append(painted(shape("circle", { class: "point", cx: x(px) + (one.shift || 0), cy: y(py), r: 4 }), "fill", stroke));
+      svg.append(painted(shape("circle", { class: "point", cx: x(px) + shift, cy: y(py), r: 4 }), "fill", stroke));
     }
   }
 }

@@ -45,7 +45,7 @@ function drawRamp(top) {
 
 function heatmapOf(run, index, top, width, numTurns) {
   const map = run.heatmap, rows = map[state.heat];
-  const cell = Math.max(5, Math.min(13, 260 / numTurns));
+  const cell = Math.max(5, Math.min(22, 260 / numTurns));
   const frame = { left: 48, right: width - 12, top: 6, bottom: 6 + Math.round(cell * numTurns) };
   const canvas = el("canvas");
   [canvas.width, canvas.height] = [map.columns.length, numTurns];
@@ -95,13 +95,24 @@ function stairs(values, frame, numTurns) {
 
 function drawCurriculum(svg, frame, map, numTurns) {
   const depth = stairs(map.k, frame, numTurns);
-  for (const edge of [map.start, map.stop]) {
+  for (const [name, edge] of [["window starts", map.start], ["window stops", map.stop]]) {
     const isPlain = edge.every((value, i) => value === null || value === 0 || value >= numTurns || value === map.k[i]);
     if (isPlain) continue;
     svg.append(shape("path", { class: "depth-halo", d: stairs(edge, frame, numTurns) }));
     svg.append(shape("path", { class: "window", d: stairs(edge, frame, numTurns) }));
+    tagLine(svg, frame, edge, numTurns, name, 0.3);
   }
   svg.append(shape("path", { class: "depth-halo", d: depth }), shape("path", { class: "depth", d: depth }));
+  tagLine(svg, frame, map.k, numTurns, "k", 0.72);
+}
+
+// The line's name beside it, at a share of the width: above it, or below where there is no room.
+function tagLine(svg, frame, values, numTurns, name, share) {
+  const column = Math.floor(share * (values.length - 1));
+  if (values[column] === null) return;
+  const y = frame.bottom - (Math.min(values[column], numTurns) / numTurns) * (frame.bottom - frame.top);
+  const x = frame.left + ((column + 0.5) / values.length) * (frame.right - frame.left);
+  svg.append(shape("text", { class: "tag", x, y: y - frame.top > 16 ? y - 6 : y + 15, "text-anchor": "middle" }, name));
 }
 
 function addHeatTip(svg, frame, run, numTurns) {

@@ -9,7 +9,7 @@ const stepAxis = { label: "step", format: (value) => `${+value.toPrecision(6)}`,
 const wallAxis = () => {
   const longest = Math.max(...RUNS.map((run) => run.headline.wall || 0));
   const [unit, size] = longest > 5400 ? ["hours", 3600] : longest > 150 ? ["minutes", 60] : ["seconds", 1];
-  return { label: `training time, ${unit}`, size, format: (value) => `${+value.toPrecision(4)}` };
+  return { label: `training time, ${unit}`, unit, size, format: (value) => `${+value.toPrecision(4)}` };
 };
 
 const xAxis = () => (state.x === "wall" ? wallAxis() : stepAxis);
@@ -27,18 +27,18 @@ function curve(key, options) {
 
 function heldOut() {
   return {
-    series: visible().filter(({ run }) => run.evaluations.length).map(({ run, index }) => {
+    series: visible().filter(({ run }) => run.evaluations.length).map(({ run, index }, place, all) => {
       const x = xOf({ step: run.evaluations.map((point) => point.step), wall: run.evaluations.map((point) => point.wall) });
-      return { index, name: run.name, marks: true, points: run.evaluations.map((point, i) => [x[i], point.success]), whiskers: run.evaluations.map((point) => point.interval) };
+      return { index, name: run.name, marks: true, shift: (place - (all.length - 1) / 2) * 5, points: run.evaluations.map((point, i) => [x[i], point.success]), whiskers: run.evaluations.map((point) => point.interval) };
     }),
-    x: xAxis(), y: { format: (value) => `${Math.round(100 * value)} %`, exact: percent, from: 0, to: 1 }, missing: "No run was evaluated.", label: "Held-out success",
+    x: xAxis(), y: { format: (value) => `${Math.round(100 * value)}%`, exact: percent, from: 0, to: 1 }, missing: "No run was evaluated.", label: "Held-out success",
   };
 }
 
 function heldOutKl() {
   return {
     series: visible().filter(({ run }) => run.held_out_kl.length).map(({ run, index }) => ({ index, name: run.name, points: run.held_out_kl.map((y, turn) => [turn, y]) })),
-    x: { ...stepAxis, label: "turn" }, y: { format: short, log: state.y === "log", from: 0 }, missing: "No evaluation recorded KL by turn.", label: "Held-out KL by turn",
+    x: { ...stepAxis, label: "turn" }, y: { label: "nats", format: short, log: state.y === "log", from: 0 }, missing: "No evaluation recorded KL by turn.", label: "Held-out KL by turn",
   };
 }
 
@@ -46,20 +46,21 @@ function wallClock() {
   const axis = wallAxis();
   return {
     series: visible().filter(({ run }) => run.curves.wall).map(({ run, index }) => ({ index, name: run.name, points: run.curves.step.map((step, i) => [step, run.curves.wall[i] / axis.size]) })),
-    x: stepAxis, y: { format: short, exact: (value) => duration(value * axis.size), from: 0 }, missing: "Steps were not timed.", label: "Cumulative wall-clock",
+    x: stepAxis, y: { label: axis.unit, format: short, exact: (value) => duration(value * axis.size), from: 0 }, missing: "Steps were not timed.", label: "Cumulative wall-clock",
   };
 }
 
 function lede() {
   const evaluated = RUNS.map((run, index) => ({ run, index })).filter(({ run }) => run.headline.held_out);
   const steps = RUNS.map((run) => run.headline.steps);
-  const scope = `${RUNS.length} run${RUNS.length > 1 ? "s" : ""}, ${Math.min(...steps) === Math.max(...steps) ? steps[0] : `${Math.min(...steps)} to ${Math.max(...steps)}`} steps.`;
+  const fewest = Math.min(...steps), most = Math.max(...steps);
+  const scope = `${count(RUNS.length, "run")}, ${fewest === most ? count(most, "step") : `${fewest} to ${most} steps`}.`;
   if (!evaluated.length) return `${scope} No held-out evaluation yet.`;
   const ranked = [...evaluated].sort((a, b) => b.run.headline.held_out.success - a.run.headline.held_out.success);
   const best = ranked[0], held = best.run.headline.held_out;
-  const result = `${RUNS.length > 1 ? `Highest held-out success: ${best.run.name}, ` : "Held-out success: "}${percent(held.success)} of ${held.tasks} tasks (95 % interval ${percent(held.interval[0])} to ${percent(held.interval[1])}).`;
+  const result = `${RUNS.length > 1 ? `Highest held-out success: ${best.run.name}, ` : "Held-out success: "}${percent(held.success)} of ${held.tasks} tasks (95% interval ${percent(held.interval[0])} to ${percent(held.interval[1])}).`;
   const shown = DATA.pairs.filter((pair) => pair.p < 0.05).length;
-  const caution = DATA.pairs.length ? ` ${shown} of ${DATA.pairs.length} pair${DATA.pairs.length > 1 ? "s" : ""} of runs differ${shown === 1 ? "s" : ""} at p < 0.05.` : "";
+  const caution = DATA.pairs.length ? ` ${shown} of ${count(DATA.pairs.length, "pair")} of runs ${shown === 1 ? "differs" : "differ"} at p < 0.05.` : "";
   return `${scope} ${result}${caution}`;
 }
 
@@ -116,8 +117,8 @@ function start() {
     draw();
   }
   chart("chart-held-out", heldOut);
-  chart("chart-rollout", curve("rollout/success", () => ({ y: { format: (value) => `${Math.round(100 * value)} %`, exact: percent, from: 0, to: 1 }, label: "Rollout success" })));
-  chart("chart-kl", curve("kl/trajectory", () => ({ y: { format: short, log: state.y === "log", from: 0 }, label: "Trajectory KL" })));
+  chart("chart-rollout", curve("rollout/success", () => ({ y: { format: (value) => `${Math.round(100 * value)}%`, exact: percent, from: 0, to: 1 }, label: "Rollout success" })));
+  chart("chart-kl", curve("kl/trajectory", () => ({ y: { label: "nats", format: short, log: state.y === "log", from: 0 }, label: "Trajectory KL" })));
   chart("chart-held-out-kl", heldOutKl);
   chart("chart-wall", wallClock);
   for (const [key, name, unit] of SIGNALS.filter(([key]) => RUNS.some((run) => run.curves.values[key]))) {

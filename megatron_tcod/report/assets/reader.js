@@ -22,7 +22,7 @@ function markOf(episode) {
 function drawShelf() {
   const items = [];
   RUNS[reader.run].episodes.forEach((episode, i, all) => {
-    if (i === 0 || all[i - 1].step !== episode.step) items.push(el("li.step", `Step ${episode.step}, k = ${short(episode.k)}`));
+    if (i === 0 || all[i - 1].step !== episode.step) items.push(el("li.step", `After ${count(episode.step, "step")}, k = ${short(episode.k)}`));
     const button = el("button", markOf(episode), el("span", plain(episode.task)), el("span.muted", short(episode.kl)));
     button.type = "button";
     button.title = plain(episode.task);
@@ -39,9 +39,16 @@ function openEpisode(run, index) {
   drawShelf();
   const episode = RUNS[run].episodes[index];
   fill("reader-page", ...(episode ? episodePage(episode) : [empty("This run has no episodes to read.")]));
-  const current = find("reader-list").querySelector('[aria-current="true"]');
-  if (current) current.scrollIntoView({ block: "nearest" });
+  keepInView(find("reader-list"));
   hideTip();
+}
+
+// Scrolls the list, never the page.
+function keepInView(list) {
+  const current = list.querySelector('[aria-current="true"]');
+  if (!current) return;
+  const offset = current.getBoundingClientRect().top - list.getBoundingClientRect().top;
+  if (offset < 0 || offset + current.offsetHeight > list.clientHeight) list.scrollTop += offset - list.clientHeight / 2;
 }
 
 // To the next or previous episode, on into the next run at the end.
@@ -57,10 +64,15 @@ function fact(name, ...value) {
   return el("span", `${name} `, el("b", ...value));
 }
 
+function windowText([start, stop]) {
+  if (stop <= start) return "no turn";
+  return stop === start + 1 ? `turn ${start}` : `turns ${start} to ${stop - 1}`;
+}
+
 function episodePage(episode) {
   const result = episode.outcome !== "ok" ? textNodes(episode.outcome) : [episode.success ? "solved" : "not solved"];
-  const facts = el("div.facts", el("span", markOf(episode), " ", el("b", ...result)), fact("step", `${episode.step}`), fact("weights", `${episode.version}`), fact("k", short(episode.k)),
-    fact("student plays turns", `${episode.window[0]} to ${episode.window[1] - 1}`), fact("ended by", ...textNodes(episode.end)), fact("reward", short(episode.reward)), fact("trajectory KL", `${short(episode.kl)}`));
+  const facts = el("div.facts", el("span", markOf(episode), " ", el("b", ...result)), fact("after steps", `${episode.step}`), fact("weights", `${episode.version}`), fact("k", short(episode.k)),
+    fact("student plays", windowText(episode.window)), fact("ended by", ...textNodes(episode.end)), fact("reward", short(episode.reward)), fact("trajectory KL", `${short(episode.kl)}`));
   const family = Array.isArray(episode.family) || episode.family ? el("span.muted", " ", ...textNodes(episode.family)) : null;
   const parts = [el("h3", ...textNodes(episode.task), family), facts];
   if (Array.isArray(episode.detail) || episode.detail) parts.push(el("ul.notes", el("li.warning", ...textNodes(episode.detail))));

@@ -8,10 +8,10 @@ const heading = (text, small) => el("th", text, small ? el("small", small) : nul
 const named = (index) => el("td.wrap", dot(index), RUNS[index].name);
 const cell = (text, small) => el("td", text, small ? el("small", ` ${small}`) : null);
 
-// A dot with its interval on a 0-100 % line.
+// A dot with its interval on a line from 0 to 100%.
 function intervalMark(index, success, [low, high]) {
   const width = 150, at = (share) => 4 + share * (width - 8);
-  const svg = shape("svg", { width, height: 18, role: "img", "aria-label": `${percent(success)}, 95 % interval ${percent(low)} to ${percent(high)}` });
+  const svg = shape("svg", { width, height: 18, role: "img", "aria-label": `${percent(success)}, 95% interval ${percent(low)} to ${percent(high)}` });
   svg.append(shape("line", { class: "grid", x1: at(0), x2: at(1), y1: 9, y2: 9 }));
   for (const tick of [0, 0.5, 1]) svg.append(shape("line", { class: "axis", x1: at(tick), x2: at(tick), y1: 5, y2: 13 }));
   svg.append(painted(shape("line", { x1: at(low), x2: at(high), y1: 9, y2: 9, "stroke-width": 4, "stroke-linecap": "round", opacity: 0.4 }), "stroke", colour(index)));
@@ -20,11 +20,11 @@ function intervalMark(index, success, [low, high]) {
 }
 
 function drawHeadline() {
-  const head = [heading("Run"), heading("Held-out success", "solved of played"), heading("95 % interval", "Wilson"), heading(""), heading("Turns", "mean"),
+  const head = [heading("Run"), heading("Held-out success", "solved of played"), heading("95% interval", "Wilson"), heading("", "0 to 100%"), heading("Turns", "mean"),
     heading("Trajectory KL", "held-out"), heading("Trajectory KL", "last steps"), heading("Steps"), heading("Wall-clock"), heading("Generated", "tokens"), heading("Trained", "tokens")];
   const rows = visible().map(({ run, index }) => {
     const row = run.headline, held = row.held_out, name = named(index);
-    if (row.curriculum) name.append(el("small", ` ${row.curriculum}`));
+    if (row.curriculum && !run.name.includes(row.curriculum)) name.append(el("small", ` ${row.curriculum}`));
     const result = held
       ? [el("td", el("span.big", percent(held.success)), el("small", ` ${held.solved}/${held.tasks}`)), cell(`${percent(held.interval[0])} – ${percent(held.interval[1])}`), el("td", intervalMark(index, held.success, held.interval)), cell(short(held.turns)), cell(short(held.kl))]
       : [el("td.muted", "not evaluated"), cell("–"), cell(""), cell("–"), cell("–")];
@@ -101,9 +101,8 @@ function drawTokens() {
   fill("tokens", el("div.bars", ...kinds.map((kind) => {
     const most = Math.max(...shown.map(({ run }) => run.costs.tokens[kind] || 0), 1);
     const bars = shown.map(({ run, index }) => {
-      const bar = painted(painted(el("i"), "background", colour(index)), "width", `${(82 * (run.costs.tokens[kind] || 0)) / most}%`);
-      const row = painted(el("div.stack", bar, el("small", ` ${short(run.costs.tokens[kind])}`)), "height", "14px");
-      return painted(painted(row, "background", "none"), "lineHeight", "14px");
+      const bar = painted(painted(el("i"), "background", colour(index)), "width", `${(84 * (run.costs.tokens[kind] || 0)) / most}%`);
+      return el("div.amount", bar, el("span", short(run.costs.tokens[kind])));
     });
     return el("div", el("div.bar-name", el("span", `${kind} `, el("span.muted", TOKEN_KINDS[kind]))), ...bars);
   })));
