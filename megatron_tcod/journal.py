@@ -37,7 +37,8 @@ import msgspec
 
 logger = logging.getLogger(__name__)
 
-_CHECKSUM = re.compile(rb'(?:,|(?<=\A\{))"crc32":"([0-9a-f]{8})"\}\Z')
+_CHECKSUM = re.compile(rb'([,{])"crc32":"([0-9a-f]{8})"\}')
+_CHECKSUM_BYTES = 20
 _BLOCK_BYTES = 1 << 16
 
 
@@ -58,11 +59,11 @@ def seal(record: Any) -> bytes:
 def unseal(line: bytes, kind: Any = dict) -> Any | None:
     """The record of one line (with or without its newline) as a `kind`; None when checksum or JSON do not hold."""
     line = line.removesuffix(b"\n")
-    checksum = _CHECKSUM.search(line)
+    checksum = _CHECKSUM.fullmatch(line[-_CHECKSUM_BYTES:])
     if checksum is None:
         return None
-    body = line[: checksum.start()] + b"}"
-    if zlib.crc32(body) != int(checksum[1], 16):
+    body = line[:-_CHECKSUM_BYTES] + (b"}" if checksum[1] == b"," else b"{}")
+    if zlib.crc32(body) != int(checksum[2], 16):
         return None
     try:
         return msgspec.json.decode(body, type=kind)

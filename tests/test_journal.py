@@ -197,7 +197,7 @@ def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path):
 
 def test_forty_sigkills_tear_nothing_and_lose_nothing_acknowledged(tmp_path):
     path, rng = tmp_path / "a.jsonl", random.Random(20240)
-    num_acknowledged, next_number = 0, 0
+    next_number = 0
     for round_number in range(40):
         writer = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(path), str(next_number), str(round_number)], stdout=subprocess.PIPE
@@ -219,7 +219,6 @@ def test_forty_sigkills_tear_nothing_and_lose_nothing_acknowledged(tmp_path):
             if journal.offset > 20_000_000:
                 journal.truncate_to(0)
                 next_number = 0
-    assert round_number == 39
 
 
 def test_ten_thousand_mutated_lines_are_all_counted(tmp_path):
