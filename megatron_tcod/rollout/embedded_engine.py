@@ -42,8 +42,6 @@ from megatron_tcod.rollout.running_rows import RunningRows
 
 SHARED_IN_BATCH = 32
 """A waiting request whose next uncomputed tokens, at least this many, equal those of one just taken waits a step."""
-PREFILL_TOKENS = 2048
-"""Padded tokens computed in one forward pass; longer prompts take several."""
 PADDING_LIMIT = 1.5
 """Prompts computed in one pass are padded to at most this multiple of their real length, summed over the pass."""
 SCORED_POSITIONS = 512
@@ -108,10 +106,12 @@ class EmbeddedEngine:
         max_total_tokens: int,
         max_context: int,
         vocab_size: int | None = None,
+        prefill_tokens: int = 2048,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """`vocab_size` is the number of real ids: padding rows of the output head beyond it are neither sampled nor
-        part of the softmax. Default: the config's."""
+        part of the softmax. Default: the config's. `prefill_tokens` (padding included) go through one forward pass;
+        longer prompts take several."""
         self.shape = DecoderShape.from_hf(hf_config)
         self.vocab_size = self.shape.vocab_size if vocab_size is None else vocab_size
         if not 0 < self.vocab_size <= self.shape.vocab_size:
@@ -120,6 +120,7 @@ class EmbeddedEngine:
             raise ValueError(f"need max_running >= 1 and max_context >= 2, got {max_running} and {max_context}")
         if max_total_tokens < max_context:
             raise ValueError(f"max_total_tokens {max_total_tokens} cannot hold one request of max_context {max_context}")
+        self._prefill_tokens = prefill_tokens
         self.max_running, self.max_total_tokens, self.max_context = max_running, max_total_tokens, max_context
         self.version = -1
         self.counters = EngineCounters()
@@ -288,7 +289,7 @@ class EmbeddedEngine:
         request.row, request.num_cached, request.num_computed = row, cached, cached
 
     def _prefill(self, requests: list[_Request]) -> None:
-        for batch in _split_by_length(requests):
+        for batch in _split_by_length(requests, self._prefill_tokens):
             while batch:
                 self._prefill_pass(batch)
                 batch = [request for request in batch if request.num_left]
@@ -309,8 +310,8 @@ class EmbeddedEngine:
             self._collect_finished()
 
     def _prefill_pass(self, batch: list[_Request]) -> None:
-        """Compute up to PREFILL_TOKENS of what is left of the prompts in `batch`."""
-        longest = max(1, PREFILL_TOKENS // len(batch))
+        """Compute up to `prefill_tokens` of what is left of the prompts in `batch`."""
+        longest = max(1, self._prefill_tokens // len(batch))
         starts = [request.num_computed for request in batch]
         lengths = [min(longest, request.num_left) for request in batch]
         attention = PrefillAttention(self._rows.slots, rows=[r.row for r in batch], starts=starts, lengths=lengths)
@@ -425,13 +426,13 @@ class EmbeddedEngine:
             raise RuntimeError(f"the engine cannot {what} while {waiting} requests are in flight; await them first")
 
 
-def _split_by_length(requests: list[_Request]) -> list[list[_Request]]:
+def _split_by_length(requests: list[_Request], prefill_tokens: int) -> list[list[_Request]]:
     """Batches whose padding stays below PADDING_LIMIT and which fit one pass where possible, longest first."""
     batches: list[list[_Request]] = []
     real = 0
     for request in sorted(requests, key=lambda r: -r.num_left):
         padded = batches[-1][0].num_left * (len(batches[-1]) + 1) if batches else 0
-        if batches and padded <= PADDING_LIMIT * (real + request.num_left) and padded <= PREFILL_TOKENS:
+        if batches and padded <= PADDING_LIMIT * (real + request.num_left) and padded <= prefill_tokens:
             batches[-1].append(request)
             real += request.num_left
         else:

@@ -8,9 +8,9 @@
     decoding.begin(num_rows=6, positions=positions)     # [6], the next position of each row
     decoder.extend(last_ids, positions, decoding.attend)
 
-Rows are contiguous because on a CPU a strided batched matrix product over `[rows, d, positions]` reads each key once at
-full speed, where paged caches pay a gather as large as the attention itself. Keys are stored transposed for the same
-reason. Memory is zero pages until touched: `num_rows * num_positions` is address space, not memory.
+Rows are contiguous because on a CPU a strided batched matrix product over `[rows, positions, d]` reads each key once at
+full speed, where paged caches pay a gather as large as the attention itself. Memory is zero pages until touched:
+`num_rows * num_positions` is address space, not memory.
 
 A row that is idle keeps its content (the next turn of an episode continues in place) and still takes part in the
 decoding product, at the scratch position behind the last real one; its result is ignored. Masks are a large negative
@@ -35,12 +35,12 @@ MASKED = -1e30
 class KVSegment:
     """KV of `n` consecutive tokens, all layers."""
 
-    keys: torch.Tensor  # [layers, kv_heads, d, n]
+    keys: torch.Tensor  # [layers, kv_heads, n, d]
     values: torch.Tensor  # [layers, kv_heads, n, d]
 
     def segment(self, start: int, stop: int) -> KVSegment:
         """An independent copy of tokens `[start, stop)`."""
-        return KVSegment(self.keys[..., start:stop].clone(), self.values[:, :, start:stop].clone())
+        return KVSegment(self.keys[:, :, start:stop].clone(), self.values[:, :, start:stop].clone())
 
 
 class KVSlots:
@@ -51,19 +51,19 @@ class KVSlots:
         self.num_rows = num_rows
         self.scratch = num_positions
         size = (shape.num_layers, num_rows, shape.num_kv_heads)
-        self.keys = torch.zeros(*size, shape.head_dim, num_positions + 1, dtype=dtype)  # [layers, rows, kv_heads, d, P]
+        self.keys = torch.zeros(*size, num_positions + 1, shape.head_dim, dtype=dtype)  # [layers, rows, kv_heads, P, d]
         self.values = torch.zeros(*size, num_positions + 1, shape.head_dim, dtype=dtype)  # [layers, rows, kv_heads, P, d]
 
     def write(self, row: int, start: int, segment: KVSegment, num_tokens: int) -> None:
         """Copy the first `num_tokens` of `segment` to positions `[start, start + num_tokens)` of `row`."""
         stop = start + num_tokens
-        self.keys[:, row, :, :, start:stop] = segment.keys[..., :num_tokens]
+        self.keys[:, row, :, start:stop] = segment.keys[:, :, :num_tokens]
         self.values[:, row, :, start:stop] = segment.values[:, :, :num_tokens]
 
     def segment(self, row: int, start: int, stop: int) -> KVSegment:
         """An independent copy of positions `[start, stop)` of `row`."""
         return KVSegment(
-            self.keys[:, row, :, :, start:stop].clone(memory_format=torch.contiguous_format),
+            self.keys[:, row, :, start:stop].clone(memory_format=torch.contiguous_format),
             self.values[:, row, :, start:stop].clone(memory_format=torch.contiguous_format),
         )
 
@@ -71,19 +71,16 @@ class KVSlots:
         self.keys[:, row].zero_()
         self.values[:, row].zero_()
 
-    def flat_indices(self, rows: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where token t's key elements [T * kv_heads * d] and value vectors [T * kv_heads] lie in one layer."""
-        heads, width, size = self.shape.num_kv_heads, self.shape.head_dim, self.scratch + 1
-        head = rows[:, None] * heads + torch.arange(heads)  # [T, kv_heads]
-        value_index = head * size + positions[:, None]  # [T, kv_heads]
-        channel = head[:, :, None] * width + torch.arange(width)  # [T, kv_heads, d]
-        key_index = channel * size + positions[:, None, None]  # [T, kv_heads, d]
-        return key_index.view(-1), value_index.view(-1)
+    def flat_index(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Where the vectors of token t, one a kv head, lie in one layer, [T * kv_heads]."""
+        heads, size = self.shape.num_kv_heads, self.scratch + 1
+        return ((rows[:, None] * heads + torch.arange(heads)) * size + positions[:, None]).view(-1)
 
-    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor, key_index: torch.Tensor, value_index: torch.Tensor):
-        """Put `k` and `v` [T, kv_heads, d] where `flat_indices` says."""
-        self.keys[layer].view(-1).index_copy_(0, key_index, k.reshape(-1))
-        self.values[layer].view(-1, self.shape.head_dim).index_copy_(0, value_index, v.reshape(-1, v.shape[-1]))
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor, index: torch.Tensor) -> None:
+        """Put `k` and `v` [T, kv_heads, d] where `flat_index` says."""
+        width = self.shape.head_dim
+        self.keys[layer].view(-1, width).index_copy_(0, index, k.reshape(-1, width))
+        self.values[layer].view(-1, width).index_copy_(0, index, v.reshape(-1, width))
 
 
 class PrefillAttention:
@@ -102,7 +99,7 @@ class PrefillAttention:
         self.positions = torch.from_numpy(steps + np.repeat(starts, lengths))  # [T]
         self.last = torch.from_numpy(np.cumsum(lengths) - 1)  # [R] index of each request's last new token
         row_of_token = torch.from_numpy(np.asarray(rows)[request])  # [T]
-        self.key_index, self.value_index = slots.flat_indices(row_of_token, self.positions)
+        self.index = slots.flat_index(row_of_token, self.positions)  # [T * kv_heads]
         self.padded_index = torch.from_numpy(request * self.longest + steps)  # [T] into [R * longest]
         self.is_packed = len(steps) == self.num_requests * self.longest
         contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
@@ -115,15 +112,15 @@ class PrefillAttention:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """[T, heads * d]; see `decoder.Attend`."""
         slots, shape = self.slots, self.slots.shape
-        slots.store(layer, k, v, self.key_index, self.value_index)
-        keys = slots.keys[layer][..., : self.num_seen][self.rows]  # [R, kv_heads, d, L]
+        slots.store(layer, k, v, self.index)
+        keys = slots.keys[layer][:, :, : self.num_seen][self.rows]  # [R, kv_heads, L, d]
         values = slots.values[layer][:, :, : self.num_seen][self.rows]  # [R, kv_heads, L, d]
         groups = shape.num_heads // shape.num_kv_heads
         padded = self._pad(q.reshape(len(q), -1)).view(
             self.num_requests, self.longest, shape.num_kv_heads, groups, shape.head_dim
         )
         padded = padded.permute(0, 2, 3, 1, 4).reshape(self.num_requests, shape.num_kv_heads, -1, shape.head_dim)
-        scores = torch.matmul(padded * shape.head_dim**-0.5, keys)  # [R, kv_heads, groups * longest, L]
+        scores = torch.matmul(padded * shape.head_dim**-0.5, keys.transpose(-1, -2))  # [R, kv_heads, groups * longest, L]
         scores.view(self.num_requests, shape.num_kv_heads, groups, self.longest, -1).add_(self.bias)
         seen = torch.matmul(torch.softmax(scores, dim=-1), values)  # [R, kv_heads, groups * longest, d]
         seen = seen.view(self.num_requests, shape.num_heads, self.longest, shape.head_dim).transpose(1, 2)
@@ -146,9 +143,7 @@ class DecodeAttention:
         shape, size = slots.shape, slots.scratch + 1
         self._bias = torch.full((slots.num_rows, shape.num_kv_heads, 1, size), MASKED, dtype=slots.keys.dtype)
         every_row, origin = torch.arange(slots.num_rows), torch.zeros(slots.num_rows, dtype=torch.int64)
-        key_index, value_index = slots.flat_indices(every_row, origin)
-        self._key_origin = key_index.view(slots.num_rows, -1)  # [rows, kv_heads * d] where position 0 lies
-        self._value_origin = value_index.view(slots.num_rows, -1)  # [rows, kv_heads]
+        self._origin = slots.flat_index(every_row, origin).view(slots.num_rows, -1)  # [rows, kv_heads] position 0
 
     def admit(self, row: int, length: int) -> None:
         """From now on `row` sees its first `length` positions, and each position that `begin` adds."""
@@ -162,20 +157,17 @@ class DecodeAttention:
         """The coming `attend` calls are for `positions` [num_rows] of rows `[0, num_rows)`; all below `num_seen`
         except the scratch position, which idle rows give."""
         self._num_rows, self._num_seen = num_rows, num_seen
-        at = positions[:, None]
-        key_index = self._key_origin[:num_rows] + at  # [n, kv_heads * d]
-        self._value_index = (self._value_origin[:num_rows] + at).view(-1)  # [n * kv_heads]
-        self._key_index = key_index.view(-1)
-        self._bias.view(-1).index_fill_(0, self._value_index, 0)
+        self._index = (self._origin[:num_rows] + positions[:, None]).view(-1)  # [n * kv_heads]
+        self._bias.view(-1).index_fill_(0, self._index, 0)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """[num_rows, heads * d]; see `decoder.Attend`."""
         slots, shape, n = self.slots, self.slots.shape, self._num_rows
-        slots.store(layer, k, v, self._key_index, self._value_index)
+        slots.store(layer, k, v, self._index)
         batch, width, size = n * shape.num_kv_heads, shape.head_dim, slots.scratch + 1
-        keys = slots.keys[layer].view(-1, width, size)[:batch, :, : self._num_seen]  # [n * kv_heads, d, L]
+        keys = slots.keys[layer].view(-1, size, width)[:batch, : self._num_seen]  # [n * kv_heads, L, d]
         values = slots.values[layer].view(-1, size, width)[:batch, : self._num_seen]  # [n * kv_heads, L, d]
         bias = self._bias.view(-1, 1, size)[:batch, :, : self._num_seen]  # [n * kv_heads, 1, L]
         grouped = q.reshape(batch, -1, width)  # [n * kv_heads, heads / kv_heads, d]
-        scores = torch.baddbmm(bias, grouped, keys, alpha=width**-0.5)  # [n * kv_heads, heads / kv_heads, L]
+        scores = torch.baddbmm(bias, grouped, keys.transpose(1, 2), alpha=width**-0.5)  # [n * kv_heads, heads / kv_heads, L]
         return torch.bmm(torch.softmax(scores, dim=-1), values).view(n, -1)

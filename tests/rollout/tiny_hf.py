@@ -1,0 +1,49 @@
+"""Small random transformers models of each family: the reference of the decoder and the engine."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+)
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, dict(tie_word_embeddings=True)),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=16, tie_word_embeddings=False)),
+    "qwen3_bias": (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=8, attention_bias=True, tie_word_embeddings=True)),
+    "llama": (LlamaConfig, LlamaForCausalLM, dict(tie_word_embeddings=False)),
+    "llama3_rope": (LlamaConfig, LlamaForCausalLM, dict(rope_parameters=LLAMA3_ROPE, num_key_value_heads=1)),
+    "llama_bias": (LlamaConfig, LlamaForCausalLM, dict(attention_bias=True, mlp_bias=True, num_key_value_heads=4)),
+}
+
+
+def tiny_model(family="qwen3", *, seed=0, **changes):
+    """A model whose every weight, norms and biases included, is random, so that a skipped one shows."""
+    config_class, model_class, options = FAMILIES[family]
+    torch.manual_seed(seed)
+    model = model_class(config_class(**(SIZES | options | changes))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def logprobs_of(model, ids):
+    """Log-probability of each token but the first, [N - 1]."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+    return torch.log_softmax(logits, -1).gather(-1, torch.tensor(ids)[1:, None])[:, 0]
