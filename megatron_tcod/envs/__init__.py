@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
 
 from megatron_tcod.envs.base import EnvironmentFamily
 
@@ -20,3 +23,13 @@ def load_env(name: str) -> type[EnvironmentFamily]:
         raise ValueError(f"env {name!r} is unknown; did you mean {near[0] if near else sorted(ENVS)}?")
     module, _, attribute = ENVS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def check_env_options(name: str, options: Mapping[str, Any]) -> None:
+    """ValueError for an option that the family does not take; it suggests the nearest one."""
+    parameters = inspect.signature(load_env(name).tasks).parameters
+    known = sorted(set(parameters) - {"split", "count", "first"})
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, 1)
+            raise ValueError(f"env {name} has no option {option!r}; did you mean {near[0] if near else known}?")

@@ -46,6 +46,11 @@ MAX_ACTION_CHARS = 1000
 
 MAX_EXPERT_TURNS = 100
 
+RESET_DEADLINE_S = 120.0
+"""Seconds: a start of the engine, loading the game and grounding its problem."""
+
+STEP_DEADLINE_S = 30.0
+
 
 class GameHeader(msgspec.Struct):
     """The one field of a game file that listing it needs."""
@@ -57,10 +62,18 @@ class ALFWorld:
     """ALFWorld's text games (Shridhar et al., arXiv 2010.03768)."""
 
     @classmethod
-    def tasks(cls, split: str, *, root: str | None = None, count: int | None = None, first: int = 0) -> list[Task]:
-        """The playable games of a split in the order of their paths; `[first, first + count)` of them.
-
-        ValueError: an unknown split, no root, or a root without such games.
+    def tasks(
+        cls,
+        split: str,
+        *,
+        count: int | None = None,
+        first: int = 0,
+        root: str | None = None,
+        reset_deadline_s: float = RESET_DEADLINE_S,
+        step_deadline_s: float = STEP_DEADLINE_S,
+    ) -> list[Task]:
+        """The playable games of a split in the order of their paths; `[first, first + count)` of them. The deadlines
+        are for playing them. ValueError: an unknown split, no root, or a root without such games.
         """
         if split not in SPLITS:
             raise ValueError(f"alfworld has no split {split!r}; use one of {', '.join(SPLITS)}")
@@ -76,7 +89,12 @@ class ALFWorld:
 
     @classmethod
     def make(
-        cls, task: Task, *, root: str | None = None, reset_deadline_s: float = 120.0, step_deadline_s: float = 30.0
+        cls,
+        task: Task,
+        *,
+        root: str | None = None,
+        reset_deadline_s: float = RESET_DEADLINE_S,
+        step_deadline_s: float = STEP_DEADLINE_S,
     ) -> ALFWorldEpisode:
         """A fresh episode. ValueError where the game file or the packages are missing."""
         game = game_path(task, root)
@@ -95,6 +113,8 @@ class ALFWorld:
         seed: int,
         mistake_rate: float = 0.0,
         root: str | None = None,
+        reset_deadline_s: float = RESET_DEADLINE_S,
+        step_deadline_s: float = STEP_DEADLINE_S,
         kind: str = "explorer",
         max_turns: int = MAX_EXPERT_TURNS,
     ) -> Demonstration:
@@ -107,7 +127,12 @@ class ALFWorld:
         if kind not in EXPERTS:
             raise ValueError(f"alfworld has no expert {kind!r}; use one of {', '.join(EXPERTS)}")
         mistakes = Mistakes(seed=seed, rate=mistake_rate)
-        episode = ALFWorldEpisode(game_path(task, root), has_planner=kind == "planner")
+        episode = ALFWorldEpisode(
+            game_path(task, root),
+            has_planner=kind == "planner",
+            reset_deadline_s=reset_deadline_s,
+            step_deadline_s=step_deadline_s,
+        )
         turns: list[DemonstrationTurn] = []
         try:
             step = Step(episode.reset())
@@ -148,8 +173,8 @@ class ALFWorldEpisode:
         game: Path,
         *,
         has_planner: bool = False,
-        reset_deadline_s: float = 120.0,
-        step_deadline_s: float = 30.0,
+        reset_deadline_s: float = RESET_DEADLINE_S,
+        step_deadline_s: float = STEP_DEADLINE_S,
     ) -> None:
         self.game = game
         self.admissible_commands: list[str] = []

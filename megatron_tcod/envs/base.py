@@ -47,7 +47,11 @@ class EnvironmentFault(Exception):
 
 
 class EnvironmentFamily(Protocol):
-    """A class in the table ENVS: lists its tasks, builds an episode, and says how observations are compared."""
+    """A class in the table ENVS: lists its tasks, builds an episode, and says how observations are compared.
+
+    A family has one set of options, and `tasks`, `make` and `expert` all take every one of them, so that a caller
+    passes the same everywhere.
+    """
 
     @classmethod
     def tasks(cls, split: str, *, count: int | None = None, **options: Any) -> list[Task]:

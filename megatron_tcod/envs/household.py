@@ -87,9 +87,10 @@ class Household:
         ]
 
     @classmethod
-    def make(cls, task: Task) -> HouseholdEpisode:
-        """A fresh episode of a task; ValueError names what is wrong with a task that `tasks` did not make."""
-        return HouseholdEpisode(_world(task))
+    def make(cls, task: Task, **sizes: int) -> HouseholdEpisode:
+        """A fresh episode of a task. The task holds its sizes; given here as well, they must be the same.
+        ValueError names what is wrong with a task that `tasks` did not make."""
+        return HouseholdEpisode(_world(task, sizes))
 
     @staticmethod
     def normalise(observation: str) -> str:
@@ -97,12 +98,12 @@ class Household:
         return " ".join(observation.split())
 
     @classmethod
-    def expert(cls, task: Task, *, seed: int, mistake_rate: float = 0.0) -> Demonstration:
+    def expert(cls, task: Task, *, seed: int, mistake_rate: float = 0.0, **sizes: int) -> Demonstration:
         """The expert's solution of a task. Each turn starts, with probability `mistake_rate`, a burst of one to three
         injected commands: random valid ones, plausible wrong ones and repetitions of the last one, all
         `is_trained=False`; then the expert goes on from wherever that led. `seed` draws the mistakes, nothing else.
         """
-        return play_expert(_world(task), task, mistakes=Mistakes(seed=seed, rate=mistake_rate))
+        return play_expert(_world(task, sizes), task, mistakes=Mistakes(seed=seed, rate=mistake_rate))
 
 
 def play_expert(world: World, task: Task, *, mistakes: Mistakes) -> Demonstration:
@@ -146,7 +147,7 @@ def _wrong_action(episode: HouseholdEpisode, mistakes: Mistakes, last: str | Non
     )
 
 
-def _world(task: Task) -> World:
+def _world(task: Task, sizes: dict[str, int]) -> World:
     """The room of a task: the first draw that its expert solves within `max_solution` turns."""
     payload = dict(task.payload)
     seed = payload.pop("seed", None)
@@ -158,6 +159,8 @@ def _world(task: Task) -> World:
     if not isinstance(seed, int):
         raise ValueError(f"household task {task.task_id!r} needs an integer payload['seed'], got {seed!r}")
     _check_sizes(payload)
+    if not sizes.items() <= payload.items():
+        raise ValueError(f"household task {task.task_id!r} was made with {payload}; expected {sizes}: list it again")
     rng = random.Random(f"{task.split}/{task.family}/{seed}")
     undisturbed = Mistakes(seed=0, rate=0.0)
     while True:

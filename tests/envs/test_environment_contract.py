@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import msgspec
 import pytest
 
-from megatron_tcod.envs import ENVS, load_env
+from megatron_tcod.envs import ENVS, check_env_options, load_env
 from megatron_tcod.envs.base import Step
 from megatron_tcod.trajectory import Demonstration, Task, decode, encode
 
@@ -116,6 +117,29 @@ def test_normalise_is_idempotent_and_keeps_words(family):
     _, kind, tasks, _ = family
     text = " You  see\na desk 1. "
     assert kind.normalise(kind.normalise(text)) == kind.normalise(text) == "You see a desk 1."
+
+
+def test_options_are_one_set_that_tasks_make_and_expert_all_take(family):
+    name, kind, tasks, options = family
+    defaults = {
+        option: parameter.default
+        for option, parameter in inspect.signature(kind.tasks).parameters.items()
+        if option not in ("split", "count", "first")
+    }
+    every = {**defaults, **options}
+    check_env_options(name, every)
+    assert kind.tasks(TRAIN_SPLIT, **every)[:3] == tasks
+    episode = kind.make(tasks[0], **every)
+    first = episode.reset()
+    episode.close()
+    assert kind.expert(tasks[0], seed=0, **every).turns[0].observation == first
+
+
+def test_unknown_option_suggests_the_nearest():
+    with pytest.raises(ValueError, match="env household has no option 'num_place'; did you mean num_places"):
+        check_env_options("household", {"num_place": 9})
+    with pytest.raises(ValueError, match=r"no option 'x'; did you mean \['reset_deadline_s', 'root'"):
+        check_env_options("alfworld", {"root": "games", "x": 1})
 
 
 def test_unknown_name_suggests_the_nearest():

@@ -393,6 +393,7 @@ def test_drawn_goal_objects_never_start_on_the_target():
             "has the sizes",
         ),
         (lambda: Household.expert(Household.tasks("train", count=1)[0], seed=0, mistake_rate=1.0), r"\[0, 1\)"),
+        (lambda: Household.make(Household.tasks("train", count=1)[0], num_places=10), "expected {'num_places': 10}"),
         (lambda: Expert("Welcome to Zork."), "not a household's first observation"),
     ],
 )
