@@ -23,7 +23,7 @@ copies and pipeline stages without statistics pass empty lists.
     tokens/trained            positions with a loss
     tokens/packed             ids that went through the student in training
     tokens/prompt tokens/cached                             prompt ids of all requests; of those, found in the KV cache
-    tokens/per_second         generated / seconds/step
+    tokens/per_second         generated / seconds/step; packed / seconds/step where nothing is sampled, as in SFT
     kl/token                  reverse KL, mean over trained tokens, nats
     kl/trajectory             reverse KL summed over an episode's trained tokens, mean over trained episodes
     kl/turn_07                the same for turn 7 alone, mean over the episodes that trained it
@@ -154,7 +154,8 @@ class StepMetrics:
         record |= {f"train/{name}": float(number) for name, number in train.items()}
         record |= {f"seconds/{name}": float(number) for name, number in (seconds or {}).items()}
         if record.get("seconds/step"):
-            record["tokens/per_second"] = record["tokens/generated"] / record["seconds/step"]
+            num_tokens = record["tokens/generated"] or record["tokens/packed"]
+            record["tokens/per_second"] = num_tokens / record["seconds/step"]
         return record
 
     def _finish_tokens(self, value: Mapping[str, float]) -> dict[str, float]:

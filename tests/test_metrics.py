@@ -166,6 +166,13 @@ def test_tokens_and_throughput(step):
     assert (record["step"], record["seconds/rollout"], record["train/loss"], record["train/lr"]) == (5, 1.5, 0.25, 1e-4)
 
 
+def test_throughput_of_a_step_that_samples_nothing_counts_what_is_trained(step):
+    _, microbatches, per_token = step
+    metrics = StepMetrics(max_turns=MAX_TURNS)
+    record = metrics.finish(metrics.local_sums([], microbatches, per_token), step=5, seconds={"step": 2.0})
+    assert record["tokens/per_second"] == sum(len(microbatch.token_ids) for microbatch in microbatches) / 2
+
+
 def test_token_means_of_all_statistics(step):
     _, microbatches, per_token = step
     record = measure(step)
