@@ -502,6 +502,7 @@ def test_rollout_success_that_falls_because_the_prefix_shrinks_is_no_collapse(tm
         ([{"step": 1, "weights/lag": 2.0}], "up to 2 steps behind"),
         ([{"step": 1, "logprob/rollout_gap": 0.3}], "Engine and trainer disagree"),
         ([{"step": 1, "tokens/trained": 0}], "1 step(s) had nothing to train on"),
+        ([{"step": 1, "tokens/generated": 0}], "Nothing was sampled in training"),
         ([{"step": 1}, {"step": 4}], "with 2 missing"),
         ([{"step": 1}, {"step": 1}], "appear more than once"),
         ([{"step": 1}, {"no": "step"}], "without a step number"),

@@ -19,7 +19,8 @@ def find_notes(runs: Sequence[Run], problems: Sequence[Sequence[str]]) -> list[d
     for index, run in enumerate(runs):
         for check in (_non_finite, _hollow_kl, _success_at_the_edge, _outcomes, _cut_short, _stale, _gap, _idle, _gaps):
             notes += [{"level": "warning", "run": index, "text": text} for text in check(run)]
-        notes += [{"level": "info", "run": index, "text": text} for text in _samples_are_not_tasks(run)]
+        for check in (_demonstrations_only, _samples_are_not_tasks):
+            notes += [{"level": "info", "run": index, "text": text} for text in check(run)]
         notes += [{"level": "info", "run": index, "text": text} for text in (*run.problems, *problems[index])]
     notes += [{"level": "info", "run": None, "text": text} for text in _limits_of_comparison(runs)]
     return sorted(notes, key=lambda note: note["level"] != "warning")
@@ -101,6 +102,11 @@ def _gaps(run: Run) -> Iterator[str]:
     steps = [record["step"] for record in run.steps]
     if steps[-1] - steps[0] + 1 != len(steps):
         yield f"Steps {steps[0]} to {steps[-1]} are recorded with {steps[-1] - steps[0] + 1 - len(steps)} missing."
+
+
+def _demonstrations_only(run: Run) -> Iterator[str]:
+    if run.total("tokens/generated") == 0:
+        yield "Nothing was sampled in training (SFT): its rollout success and episodes are the demonstrations' own."
 
 
 def _samples_are_not_tasks(run: Run) -> Iterator[str]:

@@ -76,7 +76,7 @@ function episodePage(episode) {
   const family = Array.isArray(episode.family) || episode.family ? el("span.muted", " ", ...textNodes(episode.family)) : null;
   const parts = [el("h3", ...textNodes(episode.task), family), facts];
   if (Array.isArray(episode.detail) || episode.detail) parts.push(el("ul.notes", el("li.warning", ...textNodes(episode.detail))));
-  parts.push(...episode.turns.map(turnOf));
+  parts.push(...(episode.turns.length ? episode.turns.map(turnOf) : [empty("No turn of this episode was recorded.")]));
   if (episode.hidden_turns) parts.push(el("p.empty", `${episode.hidden_turns} more turns are left out.`));
   if (episode.turns.some((turn) => turn.tokens)) parts.push(tokenScale());
   return parts;
