@@ -248,7 +248,7 @@ def assemble(config: Config) -> Assembly:
         config.model.student, layout, optimizer_settings(config), init=config.model.init, seed=training.seed
     )
     needs_teacher = config.objective.objective != "sft"
-    teacher = load_teacher(config.model.teacher, layout) if needs_teacher else None
+    teacher = load_teacher(config.model.teacher, layout, student=student.shape) if needs_teacher else None
     engine = embedded_engine(config, student)
     settings = play_settings(config.rollout, temperature=config.rollout.rollout_temperature, seed=training.seed)
     return Assembly(

@@ -384,8 +384,9 @@ def _columns(
             raise ValueError(f"{name} has shape {tuple(values.shape)} for {num_trained} trained positions")
         columns[name] = values.detach().to("cpu", torch.float64)
     student, teacher = columns.get("student_logprob"), columns.get("teacher_logprob")
-    if student is not None and "rollout_gap" in names:
-        columns["rollout_gap"] = (student - microbatch.old_logprobs.to("cpu", torch.float64)).abs()
+    old_logprobs = microbatch.old_logprobs.to("cpu", torch.float64)  # [S], NaN for recorded turns: nobody sampled them
+    if student is not None and "rollout_gap" in names and not old_logprobs.isnan().all():
+        columns["rollout_gap"] = (student - old_logprobs).abs()
     if student is not None and teacher is not None and "sampled_kl" in names:
         columns["sampled_kl"] = student - teacher
     return columns

@@ -11,7 +11,6 @@ again, bit for bit where the environment is deterministic. A finished run has no
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable
@@ -99,7 +98,6 @@ class RunRecords:
         record = self._metrics.finish(
             sums, step=step + 1, seconds=seconds, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr
         )
-        record = {key: value for key, value in record.items() if math.isfinite(value)}
         for writer in self._writers:
             writer.write(record)
         if step % self._interval == 0:

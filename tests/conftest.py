@@ -1,8 +1,60 @@
-"""Makes `fakes` importable from every folder of the tests, and `tools` from wherever pytest is started."""
+"""What several test files share: small model directories with random weights, made once a session."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
-for folder in (Path(__file__).parent, Path(__file__).parents[1]):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def household_models(tmp_path_factory) -> Path:
+    """`student/`, `teacher/`: the quickstart's shapes and tokenizer with weights written by transformers."""
+    import torch
+    import transformers
+
+    directory = tmp_path_factory.mktemp("models")
+    prepare = ROOT / "examples" / "quickstart" / "prepare.py"
+    subprocess.run([sys.executable, str(prepare), "--output", str(directory)], check=True, capture_output=True)
+    for seed, name in enumerate(("student", "teacher")):
+        path = directory / name
+        config = json.loads((path / "config.json").read_text())
+        torch.manual_seed(seed)
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config | {"initializer_range": 0.2}))
+        model.save_pretrained(path)
+        (path / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture
+def run_flags(household_models, tmp_path) -> list[str]:
+    """Flags of a tiny run over the household, in `tmp_path / "run"`."""
+    return [
+        "--student", str(household_models / "student"),
+        "--teacher", str(household_models / "teacher"),
+        "--save", str(tmp_path / "run"),
+        "--train-iters", "2",
+        "--lr", "1e-3",
+        "--rollout-batch-size", "3",
+        "--rollout-max-response-len", "6",
+        "--rollout-max-context-len", "512",
+        "--max-turns", "5",
+        "--train-tasks", "12",
+        "--eval-tasks", "3",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def single_process(monkeypatch):
+    """Entry points called in this process form a world of one and leave it again."""
+    from megatron_tcod.model import parallel
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert "RANK" not in os.environ
+    yield
+    parallel.shutdown()

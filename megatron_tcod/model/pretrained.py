@@ -4,7 +4,7 @@
     engine.load_weights(student.hf_weights(), version=0)
     student.save(run / "checkpoints", step=10, state={...}, keep=2)
     loaded = student.resume(run / "checkpoints")                        # None: nothing there yet
-    teacher = load_teacher(directory, layout)
+    teacher = load_teacher(directory, layout, student=student.shape)
 
 What a family's tensors are called is `families/`, how they are cut is `mapping.py`, what a checkpoint is made of is
 `checkpoint.py`; this file only holds the pieces of one model together.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_tcod.model import checkpoint
+from megatron_tcod.model.build import ModelShape
 from megatron_tcod.model.mapping import export_hf, load_hf, read_hf_config
 from megatron_tcod.model.parallel import ParallelLayout
 from megatron_tcod.model.student import OptimizerSettings, Student
@@ -71,7 +72,7 @@ class PretrainedStudent(Student):
 
     def resume(self, root: str | Path) -> checkpoint.Loaded | None:
         """Continue from the newest intact checkpoint, if there is one. Collective."""
-        loaded = checkpoint.load_latest(
+        return checkpoint.load_latest(
             root,
             chunks=self.chunks,
             family=self.family,
@@ -79,14 +80,14 @@ class PretrainedStudent(Student):
             optimizer=self.optimizer,
             scheduler=self.scheduler,
         )
-        if loaded is not None:
-            self.weights_loaded()
-        return loaded
 
 
-def load_teacher(directory: str | Path, layout: ParallelLayout, *, dtype: torch.dtype = torch.float32) -> Teacher:
-    """The frozen teacher of a Hugging Face directory, cut like the student. Collective."""
+def load_teacher(
+    directory: str | Path, layout: ParallelLayout, *, student: ModelShape, dtype: torch.dtype = torch.float32
+) -> Teacher:
+    """The frozen teacher of a Hugging Face directory, its vocabulary cut like the student's. Collective."""
     family, shape = read_hf_config(directory)
     teacher = Teacher(shape, layout, seed=None, dtype=dtype)
     load_hf(teacher.chunks, directory, family, shape)
+    teacher.align_vocabulary(student)
     return teacher

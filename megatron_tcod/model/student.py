@@ -119,6 +119,8 @@ class Student:
             end_wd=settings.weight_decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,  # after a resume the settings given now count, and Megatron does not assert
         )
 
     def weights_loaded(self) -> None:

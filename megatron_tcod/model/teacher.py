@@ -18,6 +18,7 @@ from megatron_tcod.model import build, parallel
 from megatron_tcod.model.build import ModelShape
 from megatron_tcod.model.parallel import ParallelLayout
 from megatron_tcod.model.schedule import run_schedule
+from megatron_tcod.ops.vocab_shard import align_head
 from megatron_tcod.trajectory import Microbatch, TeacherTarget
 
 
@@ -36,6 +37,20 @@ class Teacher:
         self.chunks = build.build_model(shape, self.layout, dtype=dtype, seed=seed, wrap_ddp=False)
         for chunk in self.chunks:
             chunk.eval()
+        self._head: Tensor | None = None
+
+    @torch.no_grad()
+    def align_vocabulary(self, student: ModelShape) -> None:
+        """Cut the head at the student's shard boundaries. Collective; call it once, after the weights are loaded.
+
+        Vocabularies that are padded to different sizes have different ids on a rank. Ids that only the teacher has are
+        dropped; they must not be among the objective's `vocab_size`.
+        """
+        tp = self.layout.tensor_model_parallel_size
+        ours, theirs = (build.padded_vocab_size(shape.vocab_size, tp) for shape in (self.shape, student))
+        if ours != theirs and tp > 1 and parallel.is_last_stage():
+            known = min(self.shape.vocab_size, student.vocab_size)
+            self._head = align_head(build.output_head(self.chunks).detach(), known, theirs, parallel.tp_group())
 
     @torch.no_grad()
     def score(self, microbatches: list[Microbatch]) -> list[TeacherTarget | None]:
@@ -45,7 +60,7 @@ class Teacher:
         """
         targets: list[TeacherTarget | None] = [None for _ in microbatches]
         if parallel.is_last_stage():
-            head = build.output_head(self.chunks).detach()  # [V_padded/tp, H_t]
+            head = build.output_head(self.chunks).detach() if self._head is None else self._head  # [V_padded/tp, H_t]
             nothing = head.new_empty(0, self.shape.hidden_size)  # [0, H_t]
             targets = [TeacherTarget(hidden=nothing, head=head) for _ in microbatches]
 

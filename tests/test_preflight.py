@@ -1,0 +1,119 @@
+"""A user's mistake gets one message with the field, what was expected and the fix, before anything starts."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from megatron_tcod.demonstrate import main as demonstrate
+from megatron_tcod.evaluate import main as evaluate
+from megatron_tcod.train import main
+
+
+def refused(argv, entry=main):
+    with pytest.raises(ValueError) as caught:
+        entry(argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_correct_run_is_described(run_flags, capsys):
+    assert main([*run_flags, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "student qwen3: 2 layers" in out and "12 to train on, 3 to evaluate on" in out
+
+
+def test_world_size_that_does_not_fit(run_flags, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    message = refused([*run_flags, "--tensor-model-parallel-size", "2"])
+    assert "world size 3 != tp 2 * pp 1 * cp 1 * dp" in message and "--nproc-per-node" in message
+
+
+def test_tensor_parallel_size_that_does_not_divide_the_heads(run_flags):
+    message = refused([*run_flags, "--tensor-model-parallel-size", "4", "--dry-run"])
+    assert "student num_attention_heads = 2 is not divisible by tensor_model_parallel_size = 4" in message
+
+
+def test_pipeline_that_does_not_divide_the_layers(run_flags):
+    message = refused([*run_flags, "--pipeline-model-parallel-size", "2", "--dry-run"])
+    assert "teacher num_layers = 3 is not divisible by the 2 pipeline chunks" in message
+
+
+def test_teacher_with_another_tokenizer(run_flags, household_models, tmp_path):
+    teacher = tmp_path / "other"
+    shutil.copytree(household_models / "teacher", teacher)
+    tokenizer = json.loads((teacher / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    first, second = list(vocab)[300:302]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = refused([*run_flags, "--teacher", str(teacher), "--dry-run"])
+    assert "tokenizer" in message and "differ" in message
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_model_directory_that_is_not_there(run_flags, role):
+    assert f"{role} = nowhere: no such directory" in refused([*run_flags, f"--{role}", "nowhere", "--dry-run"])
+
+
+def test_demonstrations_that_are_not_there(run_flags):
+    message = refused([*run_flags, "--curriculum", "b2f", "--demonstrations", "absent.jsonl", "--dry-run"])
+    assert "absent.jsonl" in message and "demonstrate" in message
+
+
+def test_demonstrations_with_a_truncated_line(run_flags, tmp_path):
+    from megatron_tcod.envs.demonstrations import write_demonstrations
+    from megatron_tcod.envs.household import Household
+
+    path = tmp_path / "cut.jsonl"
+    write_demonstrations(path, [Household.expert(task, seed=0) for task in Household.tasks("train", count=3)])
+    path.write_bytes(path.read_bytes()[:-40])
+    message = refused([*run_flags, "--curriculum", "b2f", "--demonstrations", str(path), "--dry-run"])
+    assert f"{path}:" in message
+
+
+def test_run_directory_of_another_model(single_process, run_flags, household_models):
+    main([*run_flags, "--train-iters", "1"])
+    message = refused([*run_flags, "--student", str(household_models / "teacher"), "--dry-run"])
+    assert "checkpoint of another model" in message and "hidden_size is 64 there and 96" in message
+
+
+def test_context_that_the_model_cannot_hold(run_flags):
+    message = refused([*run_flags, "--rollout-max-context-len", "4096", "--dry-run"])
+    assert "rollout_max_context_len = 4096 exceeds the student's max_position_embeddings = 2048" in message
+
+
+def test_split_that_the_environment_does_not_have(run_flags):
+    assert "train or held_out" in refused([*run_flags, "--eval-split", "unseen", "--dry-run"])
+
+
+def test_environment_that_does_not_exist(run_flags):
+    assert "did you mean household" in refused([*run_flags, "--env", "houshold", "--dry-run"])
+
+
+def test_demonstrate_does_not_overwrite(run_flags, tmp_path):
+    path = tmp_path / "kept.jsonl"
+    path.write_text("precious")
+    assert "exists; remove it" in refused([*run_flags, "--demonstrations", str(path)], demonstrate)
+    assert path.read_text() == "precious"
+
+
+def test_comparing_what_is_no_evaluation(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    message = refused(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")], evaluate)
+    assert "is no evaluation record" in message
+
+
+def test_from_the_shell_a_mistake_is_one_line_and_exit_code_2():
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", "megatron_tcod.train", "--tensor-paralel-size", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == (
+        "error: unknown flag --tensor-paralel-size; did you mean '--tensor-model-parallel-size'?"
+    )
+    assert "Traceback" not in done.stderr

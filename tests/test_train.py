@@ -1,0 +1,143 @@
+"""The whole system on a small world, in one process, against transformers and against its own records."""
+
+import json
+
+import pytest
+import torch
+
+from megatron_tcod.journal import read_journal
+from megatron_tcod.train import main
+
+
+def records(directory, name):
+    reading = read_journal(directory / name)
+    assert reading.num_bad == 0
+    return list(reading.records)
+
+
+def reference_kl(student, teacher, token_ids):
+    """Reverse KL at every position that predicts a token, in float64, from transformers' logits."""
+    ids = torch.tensor([token_ids])
+    with torch.no_grad():
+        s, t = (model(ids).logits[0, :-1].double().log_softmax(-1) for model in (student, teacher))
+    return (s.exp() * (s - t)).sum(-1).tolist(), s.gather(-1, ids[0, 1:, None])[:, 0].tolist()
+
+
+@pytest.mark.parametrize("history", ["full", "compact"])
+def test_recorded_kl_and_log_probabilities_equal_those_of_transformers(
+    single_process, household_models, run_flags, tmp_path, history
+):
+    import transformers
+
+    assert main([*run_flags, "--history-mode", history, "--train-iters", "1"]) == 0
+    student, teacher = (
+        transformers.Qwen3ForCausalLM.from_pretrained(household_models / name).double() for name in ("student", "teacher")
+    )
+    episodes = records(tmp_path / "run", "trajectories.jsonl")
+    assert len(episodes) == 3
+    num_compared = 0
+    for episode in episodes:
+        by_turn = [value for turn in episode["tokens_kl"] for value in turn]
+        at_sampling, expected, expected_logprob = [], [], []
+        for row in episode["rows"]:
+            kl, logprob = reference_kl(student, teacher, row["token_ids"])
+            trained = [at - 1 for at, sampled in enumerate(row["loss_mask"]) if sampled]
+            expected += [kl[at] for at in trained]
+            expected_logprob += [logprob[at] for at in trained]
+            at_sampling += row["logprobs"]
+        num_compared += len(expected)
+        assert by_turn == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        assert at_sampling == pytest.approx(expected_logprob, abs=1e-4)  # the engine's, from its cache
+        later = [turn for turn in episode["turns"] if turn["index"] > 0]
+        if history == "full":
+            assert all(turn["cached_tokens"] > 0 for turn in later)
+    assert num_compared > 20
+
+
+def test_trained_weights_reach_engine_and_checkpoint(single_process, household_models, run_flags, tmp_path):
+    from safetensors.torch import load_file
+
+    assert main([*run_flags, "--train-iters", "2"]) == 0
+    first, second = records(tmp_path / "run", "metrics.jsonl")
+    assert (first["weights/version"], second["weights/version"]) == (0, 1)
+    assert second["logprob/rollout_gap"] < 1e-4, "step 2 was sampled with the weights that step 2 trained"
+    latest = tmp_path / "run" / "checkpoints" / "step_0000002"
+    before = load_file(household_models / "student" / "model.safetensors")
+    after = load_file(latest / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_f2b_grows_the_window_with_the_step(single_process, run_flags, tmp_path):
+    main([*run_flags, "--curriculum", "f2b", "--eta", "1", "--k-start", "2", "--train-iters", "3"])
+    episodes = records(tmp_path / "run", "trajectories.jsonl")
+    for episode in episodes:
+        k = 2 + episode["step"]
+        assert episode["curriculum_k"] == k and episode["window"] == {"start": 0, "stop": min(k, 5)}
+        assert len(episode["turns"]) == min(k, 5) and episode["end_reason"] in ("window", "max_turns")
+        assert episode["weight_version"] == episode["step"]
+    assert [record["curriculum/k"] for record in records(tmp_path / "run", "metrics.jsonl")] == [2, 3, 4]
+
+
+def test_b2f_replays_the_teacher_and_trains_only_the_student(single_process, run_flags, tmp_path):
+    from megatron_tcod.envs.demonstrations import write_demonstrations
+    from megatron_tcod.envs.household import Household
+
+    tasks = Household.tasks("train", count=12)
+    demonstrations = {task.task_id: Household.expert(task, seed=0) for task in tasks[:8]}
+    path = tmp_path / "demonstrations.jsonl"
+    write_demonstrations(path, demonstrations.values())
+    flags = [*run_flags, "--max-turns", "24", "--curriculum", "b2f", "--k-start", "2", "--demonstrations", str(path)]
+    main([*flags, "--train-iters", "3"])
+    episodes = records(tmp_path / "run", "trajectories.jsonl")
+    assert {episode["outcome"] for episode in episodes} == {"ok"}
+    for episode in episodes:
+        recorded = demonstrations[episode["task"]["task_id"]].turns
+        start = len(recorded) - 2 - episode["step"] // 2
+        assert episode["window"]["start"] == start
+        replayed = [turn for turn in episode["turns"] if turn["actor"] == "teacher"]
+        assert [turn["action"] for turn in replayed] == [turn.action for turn in recorded[:start]]
+        (row,) = episode["rows"]
+        trained = [turn for turn, sampled in zip(row["turn_ids"], row["loss_mask"], strict=True) if sampled]
+        assert min(trained) == start
+        sampled = [token for turn in episode["turns"] if turn["actor"] == "student" for token in turn["token_ids"]]
+        masked = [token for token, mask in zip(row["token_ids"], row["loss_mask"], strict=True) if mask]
+        assert masked == sampled
+
+
+@pytest.mark.parametrize("objective", ["forward_kl", "jsd", "sampled_token"])
+def test_every_objective_trains(single_process, run_flags, tmp_path, objective):
+    main([*run_flags, "--objective", objective, "--train-iters", "1"])
+    (record,) = records(tmp_path / "run", "metrics.jsonl")
+    assert record["kl/token"] > 0 and record["train/grad_norm"] > 0
+
+
+def test_sft_learns_what_it_is_shown(single_process, run_flags, tmp_path):
+    flags = [*run_flags, "--objective", "sft", "--demonstrations", "expert", "--train-tasks", "3", "--max-turns", "24"]
+    main([*flags, "--train-iters", "30", "--lr", "3e-3"])
+    losses = [record["train/loss"] for record in records(tmp_path / "run", "metrics.jsonl")]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_evaluations_of_one_run_are_paired_and_have_intervals(single_process, run_flags, tmp_path, capsys):
+    from megatron_tcod.evaluate import main as evaluate
+
+    main([*run_flags, "--eval-interval", "1"])
+    files = sorted((tmp_path / "run" / "evaluation").glob("*.json"))
+    assert [json.loads(path.read_text())["step"] for path in files] == [1, 2]
+    first, second = (json.loads(path.read_text()) for path in files)
+    assert [task["task_id"] for task in first["tasks"]] == [task["task_id"] for task in second["tasks"]]
+    low, high = first["interval"]
+    assert low <= first["success"] <= high
+    capsys.readouterr()
+    assert evaluate(["--compare", *map(str, files)]) == 0
+    assert "McNemar" in capsys.readouterr().out
+
+
+def test_printed_configuration_reads_back_equal(run_flags, tmp_path, capsys):
+    from megatron_tcod.config import load_config
+
+    assert main([*run_flags, "--print-config"]) == 0
+    path = tmp_path / "printed.toml"
+    path.write_text(capsys.readouterr().out)
+    assert load_config(["--config", str(path)]) == load_config(run_flags)
