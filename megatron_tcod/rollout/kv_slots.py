@@ -21,6 +21,7 @@ It knows no tokens and no requests; who owns which row is the engine's business.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,9 +51,9 @@ class KVSlots:
         self.shape = shape
         self.num_rows = num_rows
         self.scratch = num_positions
-        size = (shape.num_layers, num_rows, shape.num_kv_heads)
-        self.keys = torch.zeros(*size, num_positions + 1, shape.head_dim, dtype=dtype)  # [layers, rows, kv_heads, P, d]
-        self.values = torch.zeros(*size, num_positions + 1, shape.head_dim, dtype=dtype)  # [layers, rows, kv_heads, P, d]
+        size = (shape.num_layers, num_rows, shape.num_kv_heads, num_positions + 1, shape.head_dim)
+        self.keys = _untouched_zeros(size, dtype)  # [layers, rows, kv_heads, P, d]
+        self.values = _untouched_zeros(size, dtype)  # [layers, rows, kv_heads, P, d]
 
     def write(self, row: int, start: int, segment: KVSegment, num_tokens: int) -> None:
         """Copy the first `num_tokens` of `segment` to positions `[start, start + num_tokens)` of `row`."""
@@ -83,6 +84,12 @@ class KVSlots:
         self.values[layer].view(-1, width).index_copy_(0, index, v.reshape(-1, width))
 
 
+def _untouched_zeros(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros whose pages the system supplies when they are first written; torch.zeros writes them all at once."""
+    num_bytes = math.prod(size) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(size)
+
+
 class PrefillAttention:
     """Causal attention of new tokens, packed back to back, over their rows' cached and new positions.
 
@@ -97,7 +104,6 @@ class PrefillAttention:
         steps = np.concatenate([np.arange(n) for n in lengths])  # [T] index within the request's new tokens
         request = np.repeat(np.arange(len(rows)), lengths)  # [T]
         self.positions = torch.from_numpy(steps + np.repeat(starts, lengths))  # [T]
-        self.last = torch.from_numpy(np.cumsum(lengths) - 1)  # [R] index of each request's last new token
         row_of_token = torch.from_numpy(np.asarray(rows)[request])  # [T]
         self.index = slots.flat_index(row_of_token, self.positions)  # [T * kv_heads]
         self.padded_index = torch.from_numpy(request * self.longest + steps)  # [T] into [R * longest]

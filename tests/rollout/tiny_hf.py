@@ -42,8 +42,8 @@ def tiny_model(family="qwen3", *, seed=0, **changes):
     return model
 
 
-def logprobs_of(model, ids):
-    """Log-probability of each token but the first, [N - 1]."""
+def logprobs_of(model, ids, *, num_ids=None):
+    """Log-probability of each token but the first, [N - 1], among the first `num_ids` ids."""
     with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0, :-1]
+        logits = model(torch.tensor([ids])).logits[0, :-1, :num_ids]
     return torch.log_softmax(logits, -1).gather(-1, torch.tensor(ids)[1:, None])[:, 0]
