@@ -71,7 +71,9 @@ class Assembly:
             tasks, seed = self.tasks_of(step), self.config.training.seed
             first = (seed * self.config.training.train_iters + step) * len(tasks)
             chosen = [
-                self.family.expert(task, seed=first + index, mistake_rate=curriculum.mistake_rate)
+                self.family.expert(
+                    task, seed=first + index, mistake_rate=curriculum.mistake_rate, **self.config.environment.env_options
+                )
                 for index, task in enumerate(tasks)
             ]
         max_turns = self.config.rollout.max_turns
@@ -216,7 +218,10 @@ def make_collect(
             for sample in range(num_samples)
         ]
         played = asyncio.run(
-            collect_episodes(family, mine, engine=engine, tokenizer=tokenizer, settings=settings, step=step)
+            collect_episodes(
+                family, mine, engine=engine, tokenizer=tokenizer, settings=settings, step=step,
+                env_options=config.environment.env_options,
+            )
         )
         parts = [decode(part, list[Episode]) for part in parallel.all_gather_bytes(encode(played))]
         episodes = []

@@ -184,7 +184,7 @@ class EnvironmentConfig:
     train_tasks: int | None = Field(default=None, ge=1)
     """Training tasks taken from the start of the split; by default all that the environment lists."""
     env_options: dict[str, str | int | float | bool] = Field(default_factory=dict)
-    """Keyword arguments of the environment's `tasks`, the same for both splits."""
+    """The environment's own options, the same for both splits."""
 
 
 @validated(frozen=True, kw_only=True, config=STRICT)

@@ -29,7 +29,8 @@ from megatron_tcod.trajectory import Episode, TurnWindow, decode, encode
 
 
 def evaluate(run: Assembly, *, step: int) -> dict[str, Any]:
-    """Play the evaluation tasks with the weights that the engine holds. Collective; the record on every rank."""
+    """Play the evaluation tasks with the student's weights. Collective; the record on every rank."""
+    run.publish_weights(step)  # sft does not keep the engine current
     config, environment = run.config.evaluation, run.config.environment
     tasks = run.family.tasks(config.eval_split, count=config.eval_tasks, **environment.env_options)
     settings = play_settings(run.config.rollout, temperature=config.eval_temperature, seed=config.eval_seed)
@@ -195,7 +196,6 @@ def main(argv: list[str]) -> int:
     preflight(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     try:
         run = assemble(config)
-        run.publish_weights(0)
         record = evaluate(run, step=0)
         if parallel.rank() == 0:
             print("\n".join(summary_lines(config.model.student, record)))

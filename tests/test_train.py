@@ -119,6 +119,21 @@ def test_sft_learns_what_it_is_shown(single_process, run_flags, tmp_path):
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_evaluation_in_training_plays_the_weights_of_the_checkpoint(single_process, run_flags, tmp_path):
+    from megatron_tcod.evaluate import main as evaluate
+
+    flags = [*run_flags, "--objective", "sft", "--demonstrations", "expert", "--max-turns", "24"]
+    main([*flags, "--train-iters", "20", "--lr", "3e-3", "--eval-tasks", "6"])
+    (during,) = (tmp_path / "run" / "evaluation").glob("*.json")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_0000020"
+    output = tmp_path / "after.json"
+    evaluate([*flags, "--eval-tasks", "6", "--student", str(checkpoint), "--output", str(output)])
+    assert json.loads(during.read_text())["tasks"] == json.loads(output.read_text())["tasks"]
+    untrained = tmp_path / "before.json"
+    evaluate([*flags, "--eval-tasks", "6", "--output", str(untrained)])
+    assert json.loads(untrained.read_text())["tasks"] != json.loads(output.read_text())["tasks"]
+
+
 def test_evaluations_of_one_run_are_paired_and_have_intervals(single_process, run_flags, tmp_path, capsys):
     from megatron_tcod.evaluate import main as evaluate
 

@@ -49,7 +49,7 @@ def model_config(shape: dict[str, int], vocab_size: int) -> dict[str, object]:
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "initializer_range": 0.02,
+        "initializer_range": 0.1,
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
     }
@@ -61,7 +61,7 @@ def main() -> None:
     output = parser.parse_args().output
     tool = Path(__file__).parents[2] / "tools" / "make_tokenizer.py"
     staging = output / ".tokenizer"
-    command = [sys.executable, str(tool), "--output", str(staging), "--vocab-size", str(VOCAB_SIZE)]
+    command = [sys.executable, str(tool), "--output-dir", str(staging), "--vocab-size", str(VOCAB_SIZE)]
     subprocess.run(command, input=world_text(), text=True, check=True)
     vocab = json.loads((staging / "tokenizer.json").read_text(encoding="utf-8"))
     vocab_size = 1 + max([*vocab["model"]["vocab"].values(), *(token["id"] for token in vocab["added_tokens"])])

@@ -69,7 +69,7 @@ def test_hand_played_heat_task_reads_as_documented():
             "move apple 1 to shelf 1",
         ],
     )
-    assert [step.observation for step in steps] == [
+    assert [step.observation.removesuffix(" Task: put hot apple in shelf.") for step in steps] == [
         "countertop 1: mug 1, apple 1.",
         "countertop 1: mug 1. hold apple 1.",
         "microwave 1: closed. hold apple 1.",
@@ -88,7 +88,7 @@ def test_cold_object_on_the_target_is_not_a_solution_until_it_was_heated():
         HEAT_WORLD,
         ["go to countertop 1", "take apple 1 from countertop 1", "go to shelf 1", "move apple 1 to shelf 1"],
     )
-    assert not steps[-1].done and steps[-1].observation == "shelf 1: apple 1."
+    assert not steps[-1].done and steps[-1].observation == "shelf 1: apple 1. Task: put hot apple in shelf."
 
 
 @pytest.mark.parametrize(
