@@ -20,6 +20,8 @@ from megatron_tcod.envs.alfworld_expert import Aim, Explorer
 from megatron_tcod.envs.base import EnvironmentFault
 from megatron_tcod.trajectory import Task
 
+TOOL = Path(__file__).parents[2] / "tools" / "make_alfworld_games.py"
+
 
 @pytest.fixture(scope="module")
 def demonstrations(alfworld_games):
@@ -281,23 +283,20 @@ def test_missing_packages_name_the_extra():
 
 
 @pytest.mark.slow
-def test_sixty_games_are_solved_and_replay_equally(tmp_path, alfworld_games):
-    tool = Path(__file__).parents[2] / "tools" / "make_alfworld_games.py"
+@pytest.mark.timeout(1800)
+def test_sixty_games_are_won_through_mistakes_and_replay_equally(tmp_path, alfworld_games):
     counts = ["--train", "60", "--valid-seen", "0", "--valid-unseen", "0", "--seed", "1"]
-    subprocess.run([sys.executable, str(tool), "--out", str(tmp_path / "games"), *counts], check=True, timeout=1500)
+    subprocess.run([sys.executable, str(TOOL), "--out", str(tmp_path / "games"), *counts], check=True, timeout=1200)
     root = str(tmp_path / "games")
     num_injected = 0
     for task in ALFWorld.tasks("train", root=root):
         disturbed = ALFWorld.expert(task, seed=5, mistake_rate=0.2, root=root)
         num_injected += sum(not turn.is_trained for turn in disturbed.turns)
         assert disturbed.success, task.task_id
-        demonstration = ALFWorld.expert(task, seed=0, root=root)
-        assert demonstration.success
         episode = ALFWorld.make(task, root=root)
-        assert episode.reset() == demonstration.turns[0].observation
-        for turn, later in zip(demonstration.turns, demonstration.turns[1:], strict=False):
-            assert episode.step(turn.action).observation == later.observation
+        seen = [episode.reset()] + [episode.step(turn.action).observation for turn in disturbed.turns]
         episode.close()
+        assert seen == [turn.observation for turn in disturbed.turns] + [disturbed.final_observation]
     assert num_injected > 60
 
 
