@@ -188,8 +188,6 @@ class EmbeddedEngine:
         """Tokens whose KV the tree holds now."""
         return self._tree.num_tokens
 
-    # ------------------------------------------------------------------------------------ the loop
-
     async def _run(self) -> None:
         try:
             while self._waiting or self._num_running:
@@ -305,8 +303,8 @@ class EmbeddedEngine:
         if playing:
             hidden = torch.stack([request.last_hidden for request in playing])  # [R, H]
             logits = self._decoder.logits(hidden, self.vocab_size)  # [R, V]
-            sizes = [len(request.prompt) for request in playing]
-            self._rows.start([r.row for r in playing], sizes, [r.sampling for r in playing], logits)
+            rows, prompts = [r.row for r in playing], [r.prompt for r in playing]
+            self._rows.start(rows, prompts, [r.sampling for r in playing], logits)
             self._collect_finished()
 
     def _prefill_pass(self, batch: list[_Request]) -> None:
@@ -396,8 +394,6 @@ class EmbeddedEngine:
                 logprobs = torch.log_softmax(logits, dim=-1).gather(-1, targets[at : at + SCORED_POSITIONS])
                 scores.extend(logprobs[:, 0].tolist())
         return scores
-
-    # ------------------------------------------------------------------------------------ checks
 
     def _check(self, prompt_ids: list[int], sampling: Sampling) -> np.ndarray:
         prompt = np.asarray(prompt_ids, dtype=np.int64)

@@ -10,7 +10,8 @@
 
 Rows are contiguous because on a CPU a strided batched matrix product over `[rows, positions, d]` reads each key once at
 full speed, where paged caches pay a gather as large as the attention itself. Memory is zero pages until touched:
-`num_rows * num_positions` is address space, not memory.
+`num_rows * num_positions` is address space, not memory. Where all rows begin with the same long prefix, decoding reads
+it from one row only: one product for all queries, then one softmax over both parts.
 
 A row that is idle keeps its content (the next turn of an episode continues in place) and still takes part in the
 decoding product, at the scratch position behind the last real one; its result is ignored. Masks are a large negative
@@ -159,10 +160,11 @@ class DecodeAttention:
     def retire(self, row: int) -> None:
         self._bias[row] = MASKED
 
-    def begin(self, *, num_rows: int, positions: torch.Tensor, num_seen: int) -> None:
+    def begin(self, *, num_rows: int, positions: torch.Tensor, num_seen: int, shared: tuple[int, int] = (0, 0)) -> None:
         """The coming `attend` calls are for `positions` [num_rows] of rows `[0, num_rows)`; all below `num_seen`
-        except the scratch position, which idle rows give."""
-        self._num_rows, self._num_seen = num_rows, num_seen
+        except the scratch position, which idle rows give. `shared` is (row, n): the first n positions of all rows that
+        are not idle hold what this row holds, and are read there only."""
+        self._num_rows, self._num_seen, self._shared = num_rows, num_seen, shared
         self._index = (self._origin[:num_rows] + positions[:, None]).view(-1)  # [n * kv_heads]
         self._bias.view(-1).index_fill_(0, self._index, 0)
 
@@ -170,10 +172,26 @@ class DecodeAttention:
         """[num_rows, heads * d]; see `decoder.Attend`."""
         slots, shape, n = self.slots, self.slots.shape, self._num_rows
         slots.store(layer, k, v, self._index)
+        shared_row, first = self._shared
         batch, width, size = n * shape.num_kv_heads, shape.head_dim, slots.scratch + 1
-        keys = slots.keys[layer].view(-1, size, width)[:batch, : self._num_seen]  # [n * kv_heads, L, d]
-        values = slots.values[layer].view(-1, size, width)[:batch, : self._num_seen]  # [n * kv_heads, L, d]
-        bias = self._bias.view(-1, 1, size)[:batch, :, : self._num_seen]  # [n * kv_heads, 1, L]
+        keys = slots.keys[layer].view(-1, size, width)[:batch, first : self._num_seen]  # [n * kv_heads, L, d]
+        values = slots.values[layer].view(-1, size, width)[:batch, first : self._num_seen]  # [n * kv_heads, L, d]
+        bias = self._bias.view(-1, 1, size)[:batch, :, first : self._num_seen]  # [n * kv_heads, 1, L]
         grouped = q.reshape(batch, -1, width)  # [n * kv_heads, heads / kv_heads, d]
-        scores = torch.baddbmm(bias, grouped, keys.transpose(1, 2), alpha=width**-0.5)  # [n * kv_heads, heads / kv_heads, L]
-        return torch.bmm(torch.softmax(scores, dim=-1), values).view(n, -1)
+        scores = torch.baddbmm(bias, grouped, keys.transpose(1, 2), alpha=width**-0.5)  # [n * kv_heads, groups, L]
+        if not first:
+            return torch.bmm(torch.softmax(scores, dim=-1), values).view(n, -1)
+        shared_keys, shared_values = slots.keys[layer][shared_row, :, :first], slots.values[layer][shared_row, :, :first]
+        by_head = self._by_head(grouped * width**-0.5)  # [kv_heads, n * groups, d]
+        shared_scores = self._by_row(torch.bmm(by_head, shared_keys.transpose(1, 2)))  # [n * kv_heads, groups, first]
+        mass = torch.softmax(torch.cat([shared_scores, scores], dim=-1), dim=-1)  # [n * kv_heads, groups, first + L]
+        seen = self._by_row(torch.bmm(self._by_head(mass[..., :first]), shared_values))  # [n * kv_heads, groups, d]
+        return torch.baddbmm(seen, mass[..., first:], values).view(n, -1)
+
+    def _by_head(self, x: torch.Tensor) -> torch.Tensor:
+        """[n * kv_heads, groups, c] as [kv_heads, n * groups, c]: one product a head instead of one a row."""
+        return x.unflatten(0, (self._num_rows, -1)).transpose(0, 1).flatten(1, 2)
+
+    def _by_row(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of `_by_head`."""
+        return x.unflatten(1, (self._num_rows, -1)).transpose(0, 1).flatten(0, 1)

@@ -2,7 +2,7 @@
 
     rows = RunningRows(decoder, num_rows=32, max_context=1024, vocab_size=512)
     ...                                           # prompts computed into rows.slots, first logits at hand
-    rows.start([3, 5], sizes, samplings, logits)  # samples each row's first token
+    rows.start([3, 5], prompts, samplings, logits)  # samples each row's first token
     for row in rows.finished(): rows.result(row); rows.stop(row)
     rows.step(); rows.finished()                  # ...
 
@@ -10,7 +10,7 @@ All state is tables indexed by row and absolute position: `ids[row, p]` is the t
 the number that draws it. `positions[row]` is where the newest token stands; its KV is computed by the next step, so the
 KV of a row's newest token never exists. An idle row stands at the scratch position.
 
-It knows nothing of prompts, prefixes or callers.
+It knows nothing of waiting requests, cached prefixes or callers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ from megatron_tcod.rollout.decoder import Decoder
 from megatron_tcod.rollout.engine import Sampling
 from megatron_tcod.rollout.kv_slots import DecodeAttention, KVSlots
 from megatron_tcod.rollout.sampler import DrawRule, draw, uniform
+
+SHARED_WORTH = 2**17
+"""Key elements a layer that reading a shared prefix once must save to be worth the extra products. Measured with 4, 8
+and 32 rows of three small models: half of it loses 3 to 15 % of a step, it itself breaks even, twice of it gains 6 to
+30 %."""
 
 
 class RunningRows:
@@ -47,10 +52,12 @@ class RunningRows:
         self._samplings: list[Sampling | None] = [None] * num_rows
         self._rule: DrawRule | None = None
 
-    def start(self, rows: list[int], sizes: list[int], samplings: list[Sampling], logits: torch.Tensor) -> None:
-        """Sample the first tokens of `rows` from `logits` [R, V] and let them run. `sizes` are prompt lengths."""
-        for row, size, sampling in zip(rows, sizes, samplings, strict=True):
-            self._set_tables(row, size, sampling)
+    def start(self, rows: list[int], prompts: list[np.ndarray], samplings: list[Sampling], logits: torch.Tensor) -> None:
+        """Sample the first tokens of `rows` from `logits` [R, V] and let them run. Their `prompts` are in the slots."""
+        sizes = [len(prompt) for prompt in prompts]
+        for row, prompt, sampling in zip(rows, prompts, samplings, strict=True):
+            self.ids[row, : len(prompt)] = prompt
+            self._set_tables(row, len(prompt), sampling)
         uniforms = torch.from_numpy(self._uniforms[rows, sizes])
         ids, logprobs = draw(logits, DrawRule.of(samplings), uniforms)
         self._positions[rows] = sizes
@@ -64,11 +71,12 @@ class RunningRows:
             self._num_rows = 1 + int(self.is_active.nonzero()[0].max())
             self._rule = DrawRule.of(self._samplings[: self._num_rows])
             self._every_row = np.arange(self._num_rows)
+            self._shared = self._find_shared()
         n = self._num_rows
         positions, active = self._positions[:n], self.is_active[:n]
         num_seen = int((positions * active).max()) + 1
         position_tensor = self._positions_tensor[:n]  # [n]
-        self._attention.begin(num_rows=n, positions=position_tensor, num_seen=num_seen)
+        self._attention.begin(num_rows=n, positions=position_tensor, num_seen=num_seen, shared=self._shared)
         hidden = self._decoder.extend(self._newest[:n], position_tensor, self._attention.attend)  # [n, H]
         positions += active
         uniforms = torch.from_numpy(self._uniforms.reshape(-1)[self._row_origin[:n] + positions])  # [n]
@@ -94,6 +102,18 @@ class RunningRows:
         self._samplings[row] = None
         self._attention.retire(row)
         self._rule = None
+
+    def _find_shared(self) -> tuple[int, int]:
+        """A running row and how many first prompt tokens it shares with all others; 0 where too few to matter."""
+        rows = self.is_active.nonzero()[0]
+        shape = self.slots.shape
+        shortest = int(self._sizes[rows].min())
+        saved = (len(rows) - 1) * shape.num_kv_heads * shape.head_dim  # elements a shared token
+        if saved * shortest < SHARED_WORTH:
+            return 0, 0
+        differs = (self.ids[rows, :shortest] != self.ids[rows[0], :shortest]).any(0)  # [shortest]
+        shared = int(differs.argmax()) if differs.any() else shortest
+        return (int(rows[0]), shared) if saved * shared >= SHARED_WORTH else (0, 0)
 
     def _set_tables(self, row: int, size: int, sampling: Sampling) -> None:
         last = size + sampling.max_new_tokens

@@ -46,6 +46,30 @@ def test_prefill_in_pieces_and_decoding_equal_one_full_forward_pass(family):
         positions[rows] += 1
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama3_rope", "llama_bias"])
+@torch.inference_mode()
+def test_a_shared_prefix_read_from_one_row_changes_nothing(family):
+    model = tiny_model(family)
+    decoder = decoder_of(model)
+    slots = KVSlots(decoder.shape, num_rows=4, num_positions=64, dtype=torch.float32)
+    prefix = torch.randint(0, 97, (33,))
+    ids = [torch.cat([prefix, torch.randint(0, 97, (n,))]) for n in (1, 8, 20)]
+    rows, lengths = [0, 1, 3], [len(row) - 1 for row in ids]  # row 2 is idle
+    prefill(decoder, slots, rows, [0, 0, 0], [row[:-1] for row in ids])
+    for row in rows[:1] + rows[2:]:  # only row 1 keeps the prefix
+        slots.keys[:, row, :, :33] = 7.0
+        slots.values[:, row, :, :33] = 7.0
+    attention = DecodeAttention(slots)
+    newest, positions = torch.zeros(4, dtype=torch.int64), torch.full((4,), slots.scratch)
+    for row, length, tokens in zip(rows, lengths, ids, strict=True):
+        attention.admit(row, length)
+        newest[row], positions[row] = tokens[-1], length
+    attention.begin(num_rows=4, positions=positions, num_seen=max(lengths) + 1, shared=(1, 33))
+    logits = decoder.logits(decoder.extend(newest, positions, attention.attend))
+    for row, tokens in zip(rows, ids, strict=True):
+        torch.testing.assert_close(logits[row], model(tokens[None]).logits[0, -1], rtol=0, atol=1e-4)
+
+
 def prefill(decoder, slots, rows, starts, ids):
     """Logits [n, V] of each request's new tokens."""
     lengths = [len(row) for row in ids]
