@@ -105,9 +105,7 @@ def main(argv: list[str]) -> int:
         kept = shortest_successes(episodes)
         if parallel.rank() == 0:
             output.parent.mkdir(parents=True, exist_ok=True)
-            beside = output.with_suffix(".partial")
-            write_demonstrations(beside, [to_demonstration(episode, config.model.teacher) for episode in kept])
-            os.replace(beside, output)
+            write_demonstrations(output, [to_demonstration(episode, config.model.teacher) for episode in kept])
             print("\n".join(report_lines(episodes, kept, config.demonstration.demonstration_samples)))
     finally:
         parallel.shutdown()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_tcod.assembly import curriculum_of, layout_of, load_demonstrations, needs_file, tokenizer_of, train_tasks
 from megatron_tcod.config import Config
-from megatron_tcod.envs import load_env
+from megatron_tcod.envs import check_env_options, load_env
 from megatron_tcod.model.build import ModelShape
 from megatron_tcod.model.families.family import Family
 from megatron_tcod.model.mapping import read_hf_config
@@ -38,6 +38,7 @@ def preflight(config: Config, *, world_size: int | None) -> list[str]:
         check_vocabulary("teacher", teacher, tokenizer)
     check_context(config, shape)
     environment = load_env(config.environment.env)
+    check_env_options(config.environment.env, config.environment.env_options)
     demonstrations = load_demonstrations(config)
     if needs_file(config) and not demonstrations:
         raise ValueError(

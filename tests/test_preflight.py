@@ -95,6 +95,11 @@ def test_environment_that_does_not_exist(run_flags):
     assert "did you mean household" in refused([*run_flags, "--env", "houshold", "--dry-run"])
 
 
+def test_environment_option_that_does_not_exist(run_flags):
+    message = refused([*run_flags, "--env-options", "num_place", "8", "--dry-run"])
+    assert "num_place" in message and "num_places" in message
+
+
 def test_demonstrate_does_not_overwrite(run_flags, tmp_path):
     path = tmp_path / "kept.jsonl"
     path.write_text("precious")

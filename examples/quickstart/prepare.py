@@ -29,7 +29,7 @@ HEADERS = ["user\n", "assistant\n", "system\n"]
 def world_text() -> str:
     """What a tokenizer should know: observations and commands, one a line, and the chat headers."""
     lines = []
-    for index, task in enumerate(Household.tasks("train", count=NUM_EPISODES)):
+    for index, task in enumerate(Household.tasks("train", count=NUM_EPISODES, mark_wanted=True)):
         for turn in Household.expert(task, seed=index, mistake_rate=0.1).turns:
             lines += [turn.observation, turn.text]
     return "\n".join(lines) + "\n" + "".join(HEADERS) * NUM_EPISODES

@@ -42,7 +42,7 @@ class RecordedLine(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class PublishedLine(msgspec.Struct, kw_only=True):
-    """A line of a published file. Example: `{"game_file": "/home/x/train/.../game.tw-pddl", "actions": ["look"]}`"""
+    """A line of a published file. Example: `{"game_file": "/data/train/.../game.tw-pddl", "actions": ["look"]}`"""
 
     game_file: str
     actions: list[str] = []

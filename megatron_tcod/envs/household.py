@@ -56,11 +56,13 @@ class Household:
         num_places: int = 9,
         num_distractors: int = 4,
         max_solution: int = 20,
+        mark_wanted: bool = False,
     ) -> list[Task]:
         """Tasks `[first, first + count)` of a split, the six families in turn.
 
         `train` has no end (1,000 unless told); `held_out` has 200. `num_places` counts places a room, `num_distractors`
-        objects that the task does not ask for, `max_solution` the turns that the expert may need.
+        objects that the task does not ask for, `max_solution` the turns that the expert may need; `mark_wanted` puts a
+        star before the things that the task names.
         ValueError: an unknown split, a range outside the split, sizes that no room can have.
         """
         if split not in ("train", "held_out"):
@@ -72,7 +74,12 @@ class Household:
                 f"household {split} has no tasks [{first}, {first + count}); "
                 f"held_out has [0, {NUM_HELD_OUT}), train starts at 0 and has no end"
             )
-        sizes = {"num_places": num_places, "num_distractors": num_distractors, "max_solution": max_solution}
+        sizes = {
+            "num_places": num_places,
+            "num_distractors": num_distractors,
+            "max_solution": max_solution,
+            "mark_wanted": mark_wanted,
+        }
         _check_sizes(sizes)
         families = list(FAMILIES)
         return [
@@ -170,6 +177,7 @@ def _world(task: Task, sizes: dict[str, int]) -> World:
             held_out=task.split == "held_out",
             num_places=payload["num_places"],
             num_distractors=payload["num_distractors"],
+            mark_wanted=payload["mark_wanted"],
         )
         if len(play_expert(world, task, mistakes=undisturbed).turns) <= payload["max_solution"]:
             return world
@@ -180,6 +188,7 @@ def _check_sizes(sizes: dict[str, Any]) -> None:
         "num_places": (len(FIXTURES) + 1, len(PLACES)),
         "num_distractors": (0, len(OBJECTS) - 1),
         "max_solution": (16, TURN_LIMIT),
+        "mark_wanted": (False, True),
     }
     if set(sizes) != set(ranges):
         raise ValueError(f"a household task has the sizes {sorted(ranges)}, got {sorted(sizes)}")

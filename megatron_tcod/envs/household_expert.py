@@ -40,7 +40,7 @@ class Expert:
 
     def observe(self, observation: str) -> None:
         """Take in the answer to a command, whoever gave the command."""
-        state_line = observation.removeprefix("Nothing happens. ").partition(" Task: ")[0]
+        state_line = observation.removeprefix("Nothing happens. ").partition(" Task: ")[0].replace("* ", "")
         here, _, rest = state_line.partition(": ")
         shown, _, held = rest.removesuffix(".").partition(". hold ")
         self.here, self.held = here, held or None

@@ -8,8 +8,9 @@
 
 Every answer is one state line, `PLACE: CONTENTS.` and `hold OBJECT.` while something is carried, and the task again, so
 that the next move follows from the last observation and the order of the places; where things were seen earlier is the
-only thing to remember. (Without the task in each answer a 0.4M-parameter model needs about twice the tokens to learn it.) A refused command answers `Nothing happens.` and then the state line. A closed container says
-`closed` until it is opened. One hand: whoever holds something cannot take a second thing.
+only thing to remember. A refused command answers `Nothing happens.` and then the state line. A closed container says
+`closed` until it is opened. One hand: whoever holds something cannot take a second thing. On request a star marks the
+things that the task names: whether a name in one sentence is the name in another is what a tiny model learns last.
 
 This file holds the room, its rules and how a room is drawn. It does not know splits, seeds or the expert
 (`household.py`, `household_expert.py`), and it is no physics: an object's state is the last of hot, clean, cool that
@@ -125,6 +126,8 @@ class World:
 
     goal: Goal
     contents: dict[str, tuple[str, ...]]
+    marks_wanted: bool = False
+    """Whether observations put a star before the things the task names."""
 
 
 def kind(name: str) -> str:
@@ -150,7 +153,9 @@ def goals(family: str, *, held_out: bool) -> list[Goal]:
     return [goal for goal in candidates if goal.is_held_out == held_out]
 
 
-def draw_world(rng: random.Random, family: str, *, held_out: bool, num_places: int, num_distractors: int) -> World:
+def draw_world(
+    rng: random.Random, family: str, *, held_out: bool, num_places: int, num_distractors: int, mark_wanted: bool = False
+) -> World:
     """A random room for a family: `num_places` places, the goal's objects anywhere but on the target, and
     `num_distractors` objects of other kinds anywhere."""
     choices = goals(family, held_out=held_out)
@@ -168,7 +173,7 @@ def draw_world(rng: random.Random, family: str, *, held_out: bool, num_places: i
     for number in range(1, goal.count + 1):
         objects = contents[choose(rng, sources)]
         objects.insert(int(rng.random() * (len(objects) + 1)), f"{goal.object} {number}")
-    return World(goal, {place: tuple(objects) for place, objects in contents.items()})
+    return World(goal, {place: tuple(objects) for place, objects in contents.items()}, mark_wanted)
 
 
 class HouseholdEpisode:
@@ -307,5 +312,6 @@ class HouseholdEpisode:
         return f"{self.here}: {seen}." if self.held is None else f"{self.here}: {seen}. hold {self._title(self.held)}."
 
     def _title(self, name: str) -> str:
-        """`apple 1`, or `hot apple 1` once it was heated."""
-        return f"{self.states[name]} {name}" if name in self.states else name
+        """`apple 1`, `hot apple 1` once it was heated, `* hot apple 1` where things of the task are marked."""
+        title = f"{self.states[name]} {name}" if name in self.states else name
+        return f"* {title}" if self.world.marks_wanted and kind(name) == self.goal.object else title

@@ -106,7 +106,7 @@ def test_missing_and_empty_files_are_errors(tmp_path):
 @pytest.mark.parametrize(
     "published",
     [
-        "/home/someone/data/json_2.1.1/{game}",
+        "/data/someone/data/json_2.1.1/{game}",
         "{game}",
         "C:\\alfworld\\json_2.1.1\\{game}",
         "/mnt/train/alfworld/train/valid_seen/json_2.1.1/{game}",
