@@ -99,6 +99,8 @@ class TrainingConfig:
     """Newest checkpoints kept."""
     trajectory_interval: int = Field(default=1, ge=1)
     """Optimizer steps between steps whose episodes are written to trajectories.jsonl."""
+    log_interval: int = Field(default=1, ge=1)
+    """Optimizer steps between lines on the console; the first and the last step always have one."""
     tensorboard_dir: str = ""
     """Also write the metrics as TensorBoard events here; empty for none."""
 

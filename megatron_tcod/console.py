@@ -56,8 +56,12 @@ class ConsoleWriter:
     Example: `ConsoleWriter(total_steps=60).write({"step": 1, "rollout/success": 0.25, "seconds/step": 1.9})`
     """
 
-    def __init__(self, *, total_steps: int, file: TextIO | None = None, force_live: bool | None = None) -> None:
-        """file: where to write, stdout by default. force_live: table or lines whatever `file` is."""
+    def __init__(
+        self, *, total_steps: int, interval: int = 1, file: TextIO | None = None, force_live: bool | None = None
+    ) -> None:
+        """interval: steps between rows; the first and the last step always have one. file: where to write, stdout by
+        default. force_live: table or lines whatever `file` is."""
+        self._interval = interval
         self._console = Console(file=file, force_terminal=force_live, highlight=False)
         self._total_steps = total_steps
         self._rows: deque[list[str]] = deque(maxlen=_ROWS_ON_SCREEN)
@@ -73,6 +77,9 @@ class ConsoleWriter:
     def write(self, record: Mapping[str, float | int]) -> None:
         """Show one step. Figures that the record lacks are dashes."""
         self._remember(record)
+        step = int(record["step"])
+        if step % self._interval and step not in (1, self._total_steps):
+            return
         row = [_cell(column, record.get(column.key)) for column in COLUMNS] + [self._remaining(record)]
         if self._live is None:
             self._write_line(row)

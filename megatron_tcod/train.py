@@ -81,7 +81,8 @@ class RunRecords:
         self._journals = {"metrics": jsonl.journal, "trajectories": trajectories}
         for name, journal in self._journals.items():
             journal.truncate_to(offsets.get(name, 0))
-        self._writers = [jsonl, ConsoleWriter(total_steps=config.training.train_iters)]
+        console = ConsoleWriter(total_steps=config.training.train_iters, interval=config.training.log_interval)
+        self._writers = [jsonl, console]
         if config.training.tensorboard_dir:
             self._writers.append(TensorBoardWriter(config.training.tensorboard_dir))
         for closing in (*self._writers, trajectories):
@@ -98,6 +99,8 @@ class RunRecords:
         record = self._metrics.finish(
             sums, step=step + 1, seconds=seconds, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr
         )
+        if not record["tokens/generated"]:  # sft: the demonstrations' success says nothing of the student
+            del record["rollout/success"], record["rollout/reward"]
         for writer in self._writers:
             writer.write(record)
         if step % self._interval == 0:

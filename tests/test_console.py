@@ -11,6 +11,7 @@ def record(step, **changes):
     return {
         "step": step,
         "curriculum/k": 3.0,
+        "train/loss": 0.7,
         "rollout/success": 0.125,
         "kl/token": 0.53211,
         "kl/trajectory": 14.2,
@@ -25,11 +26,19 @@ def test_a_file_gets_one_aligned_line_a_step():
         for step in range(1, 4):
             console.write(record(step))
     lines = file.getvalue().splitlines()
-    assert lines[0].split() == ["step", "k", "success", "KL", "traj", "KL", "tok/s", "s/step", "ETA"]
-    assert lines[1].split() == ["1", "3", "12.5%", "0.5321", "14.20", "1,813", "2.00", "03:18"]
+    assert lines[0].split() == ["step", "k", "loss", "success", "KL", "traj", "KL", "tok/s", "s/step", "ETA"]
+    assert lines[1].split() == ["1", "3", "0.7000", "12.5%", "0.5321", "14.20", "1,813", "2.00", "03:18"]
     assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3"]
     assert len({len(line) for line in lines}) == 1
     assert "\x1b" not in file.getvalue()
+
+
+def test_an_interval_leaves_rows_out_but_neither_the_first_nor_the_last():
+    file = io.StringIO()
+    with ConsoleWriter(total_steps=12, interval=5, file=file) as console:
+        for step in range(1, 13):
+            console.write(record(step))
+    assert [line.split()[0] for line in file.getvalue().splitlines()[1:]] == ["1", "5", "10", "12"]
 
 
 def test_the_header_comes_again_on_a_long_run():
@@ -49,8 +58,8 @@ def test_missing_and_non_finite_figures_are_visible_and_do_not_break_the_eta():
         console.write({"step": 2, "kl/token": math.nan, "seconds/step": 4.0})
         console.write({"step": 4})
     lines = file.getvalue().splitlines()
-    assert lines[2].split() == ["2", "-", "-", "nan", "-", "-", "4.00", "00:06"]
-    assert lines[3].split() == ["4", "-", "-", "-", "-", "-", "-", "00:00"]
+    assert lines[2].split() == ["2", "-", "-", "-", "nan", "-", "-", "4.00", "00:06"]
+    assert lines[3].split() == ["4", "-", "-", "-", "-", "-", "-", "-", "00:00"]
 
 
 def test_a_terminal_ends_with_the_last_steps_and_the_progress_on_screen():
