@@ -10,8 +10,8 @@ the step and the task, so nothing but the step has to be saved. Add one by writi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Protocol
 
 from megatron_tcod.trajectory import Task, TurnWindow
 
@@ -112,20 +112,9 @@ class BackToFront:
 CURRICULA = {"full": Full, "f2b": FrontToBack, "b2f": BackToFront}
 
 
-def make_curriculum(
-    name: str,
-    *,
-    schedule: Schedule,
-    max_turns: int,
-    lengths: Mapping[str, int],
-    stop: Literal["horizon", "demonstration"],
-    missing: Literal["outcome", "full"],
-) -> Curriculum:
-    """The curriculum behind a name of CURRICULA."""
+def make_curriculum(name: str, **settings: Any) -> Curriculum:
+    """The curriculum behind a name of CURRICULA, from those of `settings` that are its fields."""
     if name not in CURRICULA:
         raise ValueError(f"curriculum {name!r} is unknown; known: {', '.join(CURRICULA)}")
-    if name == "full":
-        return Full(max_turns=max_turns)
-    if name == "f2b":
-        return FrontToBack(schedule=schedule, max_turns=max_turns)
-    return BackToFront(schedule=schedule, max_turns=max_turns, lengths=lengths, stop=stop, missing=missing)
+    kind = CURRICULA[name]
+    return kind(**{field.name: settings[field.name] for field in fields(kind)})

@@ -1,8 +1,7 @@
 # Sourced by quickstart.sh and test.sh: a virtual environment with the project in it, in $TCOD_VENV (default .venv).
-# PYTHON chooses the interpreter. Torch is pinned: an unpinned one would pull gigabytes of CUDA packages on some hosts.
+# $TCOD_EXTRAS names the extras of setup.py that the caller needs. PYTHON chooses the interpreter. Torch is pinned: an unpinned one would pull gigabytes of CUDA packages on some hosts.
 
 TCOD_VENV=${TCOD_VENV:-.venv}
-TCOD_EXTRAS=${TCOD_EXTRAS:-dev}
 
 find_python() {
   local candidate
@@ -25,8 +24,8 @@ enter_environment() {
   fi
   # shellcheck disable=SC1091
   source "$TCOD_VENV/bin/activate"
-  wanted="$TCOD_EXTRAS $(cat setup.py pyproject.toml | cksum)"
-  stamp=$TCOD_VENV/.megatron_tcod
+  wanted=$(cat setup.py pyproject.toml | cksum)
+  stamp=$TCOD_VENV/.megatron_tcod-$TCOD_EXTRAS
   if [[ ! -f $stamp || $(cat "$stamp") != "$wanted" ]]; then
     echo "installing packages into $TCOD_VENV (once)"
     pip install --quiet --disable-pip-version-check "torch==${TCOD_TORCH_VERSION:-2.13.0}"

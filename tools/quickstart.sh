@@ -9,6 +9,7 @@
 #   PYTHON, TCOD_VENV   see tools/environment.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
+TCOD_EXTRAS=${TCOD_EXTRAS:-dev}
 source tools/environment.sh
 enter_environment
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
