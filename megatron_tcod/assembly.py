@@ -56,6 +56,8 @@ class Assembly:
     collect: Callable[..., list[Episode]]
     pack: Callable[[list[Episode]], list[Microbatch]]
     train_tasks: Sequence[Task]
+    vocab_size: int
+    """Ids that mean something to model and tokenizer: those that are sampled and compared."""
 
     def tasks_of(self, step: int) -> list[Task]:
         """The step's tasks: each epoch visits every training task once, in an order drawn from the seed."""
@@ -69,7 +71,7 @@ class Assembly:
             chosen = [self.demonstrations[task.task_id] for task in self.tasks_of(step)]
         else:
             tasks, seed = self.tasks_of(step), self.config.training.seed
-            first = (seed * self.config.training.train_iters + step) * len(tasks)
+            first = (seed << 40) + step * len(tasks)
             chosen = [
                 self.family.expert(
                     task, seed=first + index, mistake_rate=curriculum.mistake_rate, **self.config.environment.env_options
@@ -84,11 +86,6 @@ class Assembly:
         return objective_of(
             settings, temperature=self.config.rollout.rollout_temperature, vocab_size=self.vocab_size
         )
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids that mean something: the model may have more rows than its tokenizer has tokens."""
-        return min(self.tokenizer.vocab_size, self.student.shape.vocab_size)
 
     def publish_weights(self, version: int) -> None:
         """Hand the student's weights to the engine. Collective."""
@@ -146,9 +143,10 @@ def load_demonstrations(config: Config) -> dict[str, Demonstration]:
     source = config.curriculum.demonstrations
     if source in ("", EXPERT_DEMONSTRATIONS):
         return {}
-    found = read_demonstrations(
-        Path(source), config.environment.env, root=config.environment.env_options.get("root")
-    )
+    root = config.environment.env_options.get("root")
+    if root is not None and not isinstance(root, str):
+        raise ValueError(f"env_options root = {root!r} must be the directory of the games, as text")
+    found = read_demonstrations(Path(source), config.environment.env, root=root)
     return {one.task.task_id: one for one in found if one.success}
 
 
@@ -169,8 +167,8 @@ def curriculum_of(config: Config, demonstrations: Mapping[str, Demonstration]) -
 def train_tasks(
     config: Config, family: type[EnvironmentFamily], demonstrations: Mapping[str, Demonstration]
 ) -> Sequence[Task]:
-    """Training tasks in their fixed order. sft on a file, and b2f, train on what was demonstrated."""
-    if demonstrations:
+    """Training tasks in their fixed order: the split's, or for sft on a file those that were demonstrated."""
+    if config.objective.objective == "sft" and needs_file(config):
         return [demonstrations[task_id].task for task_id in sorted(demonstrations)]
     environment = config.environment
     return family.tasks(environment.train_split, count=environment.train_tasks, **environment.env_options)
@@ -206,15 +204,16 @@ def make_collect(
         tasks: Sequence[Task], windows: Sequence[TurnWindow], *, step: int, curriculum_k: int
     ) -> list[Episode]:
         rank, world = parallel.rank(), parallel.world_size()
+        earlier = [tasks[:index].count(task) for index, task in enumerate(tasks)]  # a batch may hold a task twice
         mine = [
             Assignment(
                 task=task,
                 window=window,
-                sample=sample,
+                sample=before * num_samples + sample,
                 demonstration=demonstrations.get(task.task_id),
                 curriculum_k=curriculum_k,
             )
-            for task, window in zip(tasks[rank::world], windows[rank::world], strict=True)
+            for task, window, before in zip(tasks[rank::world], windows[rank::world], earlier[rank::world], strict=True)
             for sample in range(num_samples)
         ]
         played = asyncio.run(
@@ -233,12 +232,13 @@ def make_collect(
     return collect
 
 
-def embedded_engine(config: Config, student: PretrainedStudent) -> EmbeddedEngine:
+def embedded_engine(config: Config, student: PretrainedStudent, vocab_size: int) -> EmbeddedEngine:
     return EmbeddedEngine(
         read_json(student.directory / "config.json"),
         max_running=config.rollout.max_running_requests,
         max_total_tokens=config.rollout.max_total_tokens,
         max_context=config.rollout.rollout_max_context_len,
+        vocab_size=vocab_size,
     )
 
 
@@ -254,7 +254,8 @@ def assemble(config: Config) -> Assembly:
     )
     needs_teacher = config.objective.objective != "sft"
     teacher = load_teacher(config.model.teacher, layout, student=student.shape) if needs_teacher else None
-    engine = embedded_engine(config, student)
+    vocab_size = min(tokenizer.vocab_size, student.shape.vocab_size)  # a model may have more rows than tokens
+    engine = embedded_engine(config, student, vocab_size)
     settings = play_settings(config.rollout, temperature=config.rollout.rollout_temperature, seed=training.seed)
     return Assembly(
         config=config,
@@ -268,7 +269,7 @@ def assemble(config: Config) -> Assembly:
         objective=objective_of(
             config.objective,
             temperature=config.rollout.rollout_temperature,
-            vocab_size=min(tokenizer.vocab_size, student.shape.vocab_size),
+            vocab_size=vocab_size,
         ),
         collect=make_collect(
             config,
@@ -280,7 +281,8 @@ def assemble(config: Config) -> Assembly:
             num_samples=config.rollout.n_samples_per_prompt,
         ),
         pack=make_pack(config),
-        train_tasks=train_tasks(config, family, demonstrations if needs_file(config) else {}),
+        train_tasks=train_tasks(config, family, demonstrations),
+        vocab_size=vocab_size,
     )
 
 

@@ -27,7 +27,7 @@ import tyro
 from pydantic import Field
 from pydantic.dataclasses import dataclass as validated
 
-STRICT = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
+STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ConfigError(ValueError):
@@ -135,7 +135,7 @@ class ObjectiveConfig:
     """Teacher weight of the jsd mixture."""
     kl_coef: Annotated[float, also("--opd-kl-coef")] = 1.0
     """sampled_token: scale of the log-ratio advantage."""
-    eps_clip: float = Field(default=0.2, gt=0)
+    eps_clip: float = Field(default=0.2, gt=0, le=1)
     """sampled_token: lower PPO clip range."""
     eps_clip_high: float = Field(default=0.2, gt=0)
     """sampled_token: upper PPO clip range."""
@@ -251,7 +251,7 @@ class Config:
 def check_fields_agree(config: Config) -> None:
     """The rules that span several fields; ConfigError names them and the fix."""
     curriculum, rollout, objective = config.curriculum, config.rollout, config.objective.objective
-    if curriculum.curriculum == "b2f" and not curriculum.demonstrations and curriculum.missing_demonstration != "full":
+    if curriculum.curriculum == "b2f" and not curriculum.demonstrations:
         raise ConfigError(
             "demonstrations is empty but curriculum = b2f replays them; give --demonstrations FILE, "
             "made by python -m megatron_tcod.demonstrate"
@@ -264,8 +264,11 @@ def check_fields_agree(config: Config) -> None:
         raise ConfigError(f"k_max = {curriculum.k_max} exceeds max_turns = {rollout.max_turns}; lower k_max")
     if curriculum.k_max is not None and curriculum.k_max < curriculum.k_start:
         raise ConfigError(f"k_max = {curriculum.k_max} is below k_start = {curriculum.k_start}; raise k_max")
-    if objective == "sft" and rollout.history_mode == "compact":
-        raise ConfigError("history_mode = compact is not supported by objective = sft; use history_mode = full")
+    if config.objective.eps_clip_c <= 1 + config.objective.eps_clip_high:
+        raise ConfigError(
+            f"eps_clip_c = {config.objective.eps_clip_c} must exceed 1 + eps_clip_high = "
+            f"{1 + config.objective.eps_clip_high}; 3.0 is usual"
+        )
     if config.training.lr < config.training.min_lr:
         raise ConfigError(f"min_lr = {config.training.min_lr} exceeds lr = {config.training.lr}; lower min_lr")
 
@@ -335,6 +338,8 @@ def merge(*layers: dict[str, Any]) -> dict[str, Any]:
 
 def take_flag(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
     """The value of `--flag VALUE` or `--flag=VALUE` and the other arguments."""
+    if sum(argument == flag or argument.startswith(flag + "=") for argument in argv) > 1:
+        raise ConfigError(f"{flag} is given twice; give it once")
     for index, argument in enumerate(argv):
         if argument == flag:
             if index + 1 == len(argv):
@@ -385,13 +390,27 @@ def parse_flags(tables: dict[str, Any], source: str, argv: list[str], prog: str)
             raise
         raise ConfigError(explain_flag_error(argv, complaint.getvalue())) from None
     chosen = {name: dataclasses.asdict(getattr(flags, name)) for name in PARTS}
+    from_file = tables.get("environment", {}).get("env_options", {})
+    options = chosen["environment"]["env_options"]
+    chosen["environment"]["env_options"] = {
+        name: value if from_file.get(name) == value else scalar(value) for name, value in options.items()
+    }
     return build({**chosen, "fidelity": tables["fidelity"]}, "settings")
+
+
+def scalar(text: Any) -> Any:
+    """A flag's text as the TOML value it spells: a number, true or false; any other text as it is."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value if isinstance(value, (bool, int, float)) else text
 
 
 def explain_flag_error(argv: list[str], complaint: str) -> str:
     """One line instead of tyro's box: the unknown flag with its nearest name, or what the box says."""
     known = ["--" + field.name.replace("_", "-") for kind in PARTS.values() for field in dataclasses.fields(kind)]
-    for argument in argv:
+    for argument in argv if "nrecognized" in complaint else ():
         flag = argument.partition("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in known and not flag.startswith(("--opd-", "--no-")):
             return f"unknown flag {flag}; {nearest(flag, known)}"
@@ -425,10 +444,17 @@ def log_to_console() -> None:
 
 
 def run_entry_point(main: Callable[[list[str]], int | None]) -> None:
-    """Call an entry point; a user's mistake becomes one line on stderr, by the first rank, and exit code 2."""
+    """Call an entry point; a user's mistake becomes one line on stderr and exit code 2.
+
+    Before the ranks meet all of them find the same mistake and the first one speaks; after that any of them may.
+    """
     try:
         raise SystemExit(main(sys.argv[1:]) or 0)
-    except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError) as error:
+        rank = os.environ.get("RANK", "0")
+        torch = sys.modules.get("torch")
+        have_met = torch is not None and torch.distributed.is_initialized()
+        if rank == "0" or have_met:
+            print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr)
+        logging.getLogger("megatron_tcod").debug("traceback of the error above", exc_info=True)
         raise SystemExit(2) from None

@@ -98,17 +98,20 @@ def main(argv: list[str]) -> int:
     read_model("teacher", config.model.teacher)
     player = teacher_as_player(config)
     preflight(player, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    try:
-        run = assemble(player)
-        run.publish_weights(0)
-        episodes = attempt(run)
-        kept = shortest_successes(episodes)
-        if parallel.rank() == 0:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            write_demonstrations(output, [to_demonstration(episode, config.model.teacher) for episode in kept])
-            print("\n".join(report_lines(episodes, kept, config.demonstration.demonstration_samples)))
-    finally:
-        parallel.shutdown()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    run = assemble(player)
+    run.publish_weights(0)
+    episodes = attempt(run)
+    kept = shortest_successes(episodes)
+    if not kept:
+        raise ValueError(
+            f"the teacher solved none of {len(episodes)} attempts, so there is nothing to write to {output}; check the "
+            f"teacher with megatron_tcod.evaluate, or raise --demonstration-samples"
+        )
+    if parallel.rank() == 0:
+        write_demonstrations(output, [to_demonstration(episode, config.model.teacher) for episode in kept])
+        print("\n".join(report_lines(episodes, kept, config.demonstration.demonstration_samples)))
+    parallel.shutdown()
     return 0
 
 

@@ -1,7 +1,8 @@
 """What this machine offers: `python -m megatron_tcod.doctor`.
 
-One line per fact: interpreter, packages with their versions, accelerators, and what their absence costs. It changes
-nothing, needs no network, and exits with 1 when something that every run needs is missing.
+One line per fact: interpreter, packages with their versions, accelerators, and what their absence costs. It imports
+nothing that may be missing before it has said so, changes nothing, needs no network, and exits with 1 when something
+that every run needs is missing.
 """
 
 from __future__ import annotations
@@ -10,9 +11,6 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-
-from megatron_tcod.config import run_entry_point
-from megatron_tcod.envs import ENVS
 
 REQUIRED = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "msgspec", "pydantic", "tyro", "rich")
 TESTED_MEGATRON = "0.16.1"
@@ -70,17 +68,24 @@ def device_lines() -> list[str]:
 
 
 def main(argv: list[str]) -> int:
+    if argv in (["--help"], ["-h"]):
+        print(__doc__)
+        return 0
     if argv:
-        raise ValueError(f"doctor takes no arguments, got {' '.join(argv)}")
+        print(f"error: doctor takes no arguments, got {' '.join(argv)}", file=sys.stderr)
+        return 2
     lines, faults = package_lines()
     print(f"{'python':<20} {sys.version.split()[0]}")
     print("\n".join(lines))
     if version_of("torch"):
         print("\n".join(device_lines()))
     print(f"{'divergence':<20} torch          plain torch on every device")
-    print(f"{'environments':<20} {', '.join(ENVS)}")
+    if not faults:
+        from megatron_tcod.envs import ENVS
+
+        print(f"{'environments':<20} {', '.join(ENVS)}")
     return int(faults > 0)
 
 
 if __name__ == "__main__":
-    run_entry_point(main)
+    raise SystemExit(main(sys.argv[1:]))

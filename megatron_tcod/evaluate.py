@@ -75,7 +75,8 @@ def gather_scores(own: dict[int, dict[int, TurnScores]]) -> dict[int, dict[int, 
     """Per-token scores of all replicas, on every rank. Collective."""
     gathered: dict[int, dict[int, TurnScores]] = {}
     for part in parallel.all_gather_bytes(encode(own)):
-        gathered |= decode(part, dict[int, dict[int, TurnScores]])
+        for episode, of_turn in decode(part, dict[int, dict[int, TurnScores]]).items():
+            gathered.setdefault(episode, {}).update(of_turn)  # rows of one episode may lie on several replicas
     return gathered
 
 
@@ -123,15 +124,28 @@ def write_evaluation(path: Path, record: Mapping[str, Any]) -> None:
     os.replace(beside, path)
 
 
+TASK_KEYS = {"task_id", "success", "turns", "outcome", "kl_by_turn"}
+
+
 def read_evaluation(path: str) -> dict[str, Any]:
+    """An evaluation file; ValueError for anything else."""
+    fix = "give a file that evaluate or train wrote"
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-        assert {"success", "tasks", "step"} <= set(record)
-        return record
     except OSError as error:
-        raise ValueError(f"evaluation {path}: {error.strerror}; give a file that evaluate or train wrote") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, TypeError):
-        raise ValueError(f"evaluation {path} is no evaluation record; give a file that evaluate or train wrote") from None
+        raise ValueError(f"evaluation {path}: {error.strerror}; {fix}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"evaluation {path} is no JSON; {fix}") from None
+    tasks = record.get("tasks") if isinstance(record, dict) and record.get("interval") else None
+    if not isinstance(tasks, list) or not all(isinstance(task, dict) and set(task) >= TASK_KEYS for task in tasks):
+        raise ValueError(f"evaluation {path} is no evaluation record; {fix}")
+    return record
+
+
+def step_of(directory: str) -> int:
+    """Optimizer steps behind a checkpoint, 0 for any other Hugging Face directory."""
+    path = Path(directory) / "state.json"
+    return int(json.loads(path.read_text(encoding="utf-8"))["step"]) if path.is_file() else 0
 
 
 def summary_lines(name: str, record: Mapping[str, Any]) -> list[str]:
@@ -192,17 +206,21 @@ def main(argv: list[str]) -> int:
         return compare(argv[1:], print)
     output, argv = take_flag(argv, "--output")
     config = load_config(argv, prog="python -m megatron_tcod.evaluate")
+    unused = "expert" if config.objective.objective == "sft" else ""  # nothing is replayed or imitated here
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, init="load"),
+        curriculum=dataclasses.replace(config.curriculum, curriculum="full", demonstrations=unused),
+    )
     log_to_console()
     preflight(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    try:
-        run = assemble(config)
-        record = evaluate(run, step=0)
-        if parallel.rank() == 0:
-            print("\n".join(summary_lines(config.model.student, record)))
-            if output:
-                write_evaluation(Path(output), record)
-    finally:
-        parallel.shutdown()
+    run = assemble(config)
+    record = evaluate(run, step=step_of(config.model.student))
+    if parallel.rank() == 0:
+        print("\n".join(summary_lines(config.model.student, record)))
+        if output:
+            write_evaluation(Path(output), record)
+    parallel.shutdown()
     return 0
 
 

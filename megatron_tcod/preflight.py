@@ -8,6 +8,7 @@ instead of a traceback per rank. It reads configurations, tokenizers and demonst
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from megatron_tcod.config import Config
 from megatron_tcod.envs import check_env_options, load_env
 from megatron_tcod.model.build import ModelShape
 from megatron_tcod.model.families.family import Family
-from megatron_tcod.model.mapping import read_hf_config
+from megatron_tcod.model.mapping import check_tensors, read_hf_config
 from megatron_tcod.model.parallel import ParallelLayout, check_world_size
+from megatron_tcod.model.weight_files import WeightFiles
 from megatron_tcod.rollout.chat import TurnTokenizer, check_same_tokenizer
 
 
@@ -26,18 +28,23 @@ def preflight(config: Config, *, world_size: int | None) -> list[str]:
     layout = layout_of(config.parallel)
     dp = check_world_size(layout, world_size) if world_size is not None else None
     family, shape = read_model("student", config.model.student)
+    if config.model.init == "load":
+        check_weights(config.model.student, family, shape)
     lines = [f"student {family.model_type}: {describe(shape)}"]
     check_layout("student", shape, layout)
+    check_context("student", config, shape)
     tokenizer = tokenizer_of(config, config.model.student)
     check_vocabulary("student", shape, tokenizer)
     if config.objective.objective != "sft":
         family, teacher = read_model("teacher", config.model.teacher)
         lines.append(f"teacher {family.model_type}: {describe(teacher)}")
+        check_weights(config.model.teacher, family, teacher)
+        check_context("teacher", config, teacher)
         check_layout("teacher", teacher, layout)
         check_same_tokenizer(tokenizer, tokenizer_of(config, config.model.teacher))
         check_vocabulary("teacher", teacher, tokenizer)
-    check_context(config, shape)
     environment = load_env(config.environment.env)
+    environment.require()
     check_env_options(config.environment.env, config.environment.env_options)
     demonstrations = load_demonstrations(config)
     if needs_file(config) and not demonstrations:
@@ -53,10 +60,23 @@ def preflight(config: Config, *, world_size: int | None) -> list[str]:
     curriculum = curriculum_of(config, demonstrations)
     depths = [curriculum.depth(step) for step in (0, max(config.training.train_iters - 1, 0))]
     lines.append(f"curriculum {config.curriculum.curriculum}: k {depths[0]} -> {depths[1]}")
-    check_checkpoints(config, shape)
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     lines.append(f"layout: tp {tp}, pp {pp}, dp {'as launched' if dp is None else dp}")
     return lines
+
+
+def check_training(config: Config) -> None:
+    """What only training asks of the settings."""
+    training, objective = config.training, config.objective
+    if objective.objective == "sft" and config.rollout.history_mode == "compact":
+        raise ValueError("history_mode = compact is not supported by objective = sft; use history_mode = full")
+    if training.lr_decay_style != "constant" and training.lr_warmup_iters >= training.train_iters > 0:
+        raise ValueError(
+            f"lr_warmup_iters = {training.lr_warmup_iters} leaves no step to decay in train_iters = "
+            f"{training.train_iters}; lower lr_warmup_iters"
+        )
+    if training.tensorboard_dir and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("tensorboard_dir is set but tensorboard is not installed; pip install '.[tensorboard]'")
 
 
 def read_model(role: str, directory: str) -> tuple[Family, ModelShape]:
@@ -101,11 +121,17 @@ def check_vocabulary(role: str, shape: ModelShape, tokenizer: TurnTokenizer) -> 
         )
 
 
-def check_context(config: Config, shape: ModelShape) -> None:
+def check_weights(directory: str, family: Family, shape: ModelShape) -> None:
+    """Headers only: every tensor is there and has the shape that config.json says."""
+    with WeightFiles(directory) as files:
+        check_tensors(files, family, shape)
+
+
+def check_context(role: str, config: Config, shape: ModelShape) -> None:
     context = config.rollout.rollout_max_context_len
     if context > shape.max_position_embeddings:
         raise ValueError(
-            f"rollout_max_context_len = {context} exceeds the student's max_position_embeddings = "
+            f"rollout_max_context_len = {context} exceeds the {role}'s max_position_embeddings = "
             f"{shape.max_position_embeddings}; lower rollout_max_context_len"
         )
     if config.rollout.rollout_max_response_len >= context:
@@ -115,11 +141,16 @@ def check_context(config: Config, shape: ModelShape) -> None:
         )
 
 
-def check_checkpoints(config: Config, shape: ModelShape) -> None:
-    """A run directory of another model is found before the ranks load it."""
+def check_run_directory(config: Config) -> None:
+    """A run directory of another model is found before the ranks load it. Damaged checkpoints are left to the resume,
+    which falls back to an intact one."""
+    _, shape = read_model("student", config.model.student)
     states = sorted((Path(config.training.save) / "checkpoints").glob("step_*/state.json"))
     for path in states[-1:]:
-        saved = json.loads(path.read_text(encoding="utf-8")).get("shape", {})
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))["shape"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+            continue
         odd = [name for name, value in saved.items() if getattr(shape, name, value) != value]
         if odd:
             told = ", ".join(f"{name} is {saved[name]} there and {getattr(shape, name)} in the student" for name in odd)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,7 +33,7 @@ from megatron_tcod.metrics import (
     trajectory_record,
 )
 from megatron_tcod.model import parallel
-from megatron_tcod.preflight import preflight
+from megatron_tcod.preflight import check_run_directory, check_training, preflight
 from megatron_tcod.tcod import sft_step, tcod_step
 from megatron_tcod.trajectory import Episode, Microbatch
 
@@ -68,6 +69,7 @@ class RunRecords:
 
     def __init__(self, config: Config, *, decode_ids: Callable[[list[int]], str], offsets: dict[str, int]) -> None:
         self._metrics = StepMetrics(max_turns=config.rollout.max_turns, extra=("loss", "ratio", "clip_fraction"))
+        self._is_sft = config.objective.objective == "sft"
         self._interval = config.training.trajectory_interval
         self._decode_ids = decode_ids
         self._stack = ExitStack()
@@ -80,6 +82,8 @@ class RunRecords:
         trajectories = Journal(directory / "trajectories.jsonl")
         self._journals = {"metrics": jsonl.journal, "trajectories": trajectories}
         for name, journal in self._journals.items():
+            if (surplus := journal.offset - offsets.get(name, 0)) > 0:
+                logger.warning("%s.jsonl: cutting %d bytes written after the last checkpoint", name, surplus)
             journal.truncate_to(offsets.get(name, 0))
         console = ConsoleWriter(total_steps=config.training.train_iters, interval=config.training.log_interval)
         self._writers = [jsonl, console]
@@ -99,8 +103,10 @@ class RunRecords:
         record = self._metrics.finish(
             sums, step=step + 1, seconds=seconds, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr
         )
-        if not record["tokens/generated"]:  # sft: the demonstrations' success says nothing of the student
-            del record["rollout/success"], record["rollout/reward"]
+        if self._is_sft:  # the demonstrations' success says nothing of the student
+            record = {key: value for key, value in record.items() if key not in ("rollout/success", "rollout/reward")}
+        if not record["tokens/trained"]:
+            logger.warning("step %d had nothing to train on: outcomes %s", step + 1, Counter(e.outcome for e in episodes))
         for writer in self._writers:
             writer.write(record)
         if step % self._interval == 0:
@@ -133,10 +139,15 @@ def train(config: Config) -> None:
     directory = Path(config.training.save)
     loaded = run.student.resume(directory / "checkpoints")
     start, state = (loaded.step, loaded.state) if loaded else (0, {})
-    if parallel.rank() == 0:
-        report_start(config, directory, start, state)
+    if start > config.training.train_iters:
+        raise ValueError(
+            f"train_iters = {config.training.train_iters}, but {directory} has done {start} steps; raise train_iters or "
+            f"give --save another directory"
+        )
     run.publish_weights(start)
     with RunRecords(config, decode_ids=run.tokenizer.decode, offsets=state.get("journals", {})) as records:
+        if parallel.rank() == 0:
+            report_start(config, directory, start, state)
         clock.take()
         for step in range(start, config.training.train_iters):
             episodes, microbatches, stats = step_of(run, step)
@@ -221,14 +232,14 @@ def main(argv: list[str]) -> int:
         print(to_toml(config), end="")
         return 0
     log_to_console()
+    check_training(config)
+    check_run_directory(config)
     checked = preflight(config, world_size=None if dry_run and "WORLD_SIZE" not in os.environ else world_size())
     if dry_run:
         print("\n".join(checked))
         return 0
-    try:
-        train(config)
-    finally:
-        parallel.shutdown()
+    train(config)
+    parallel.shutdown()
     return 0
 
 

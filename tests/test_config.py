@@ -57,6 +57,11 @@ def test_names_of_other_frameworks_are_understood(flag, value, part, field):
     assert getattr(getattr(load_config([flag, str(value)]), part), field) == value
 
 
+def test_environment_options_are_numbers_and_truths_on_the_command_line_too():
+    options = load_config(["--env-options", "size", "3", "marked", "true", "root", "games/a"]).environment.env_options
+    assert options == {"size": 3, "marked": True, "root": "games/a"}
+
+
 def test_the_resolved_configuration_reads_back_equal(tmp_path):
     config = load_config(["--fidelity", "paper", "--curriculum", "f2b", "--k-max", "12", "--env-options", "size", "3"])
     assert load_config(["--config", write(tmp_path, to_toml(config))]) == config
@@ -84,6 +89,7 @@ def test_every_field_is_documented():
         ("[curriculum]\neta = 0\n", "eta: .*greater than or equal to 1, got 0"),
         ("curriculum = 3\n", "must be a table"),
         ("[curriculum\n", "is not TOML"),
+        ("[training]\ntrain_iters = true\n", "train_iters: .*integer"),
         ('fidelity = "papper"\n', "did you mean 'paper'"),
         ("[curriculum]\ncurriculum = 'b2f'\n", "demonstrations is empty"),
     ],
@@ -106,6 +112,10 @@ def test_a_mistake_in_the_file_gets_one_message(tmp_path, text, message):
         (["--k-max", "5", "--k-start", "6"], "k_max = 5 is below k_start = 6"),
         (["--curriculum", "f2b", "--k-max", "31"], "k_max = 31 exceeds max_turns = 30"),
         (["--objective", "sft"], "demonstrations is empty"),
+        (["--config", "a.toml", "--config=b.toml"], "--config is given twice"),
+        (["--hf-checkpoint", "x", "--eta", "many"], "invalid literal for int"),
+        (["--lr", "inf"], "finite"),
+        (["--eps-clip-c", "1.1"], "eps_clip_c = 1.1 must exceed"),
         (["--demonstrations", "expert"], "objective = sft"),
         (["--min-lr", "1"], "min_lr = 1.0 exceeds lr"),
     ],

@@ -95,6 +95,39 @@ def test_environment_that_does_not_exist(run_flags):
     assert "did you mean household" in refused([*run_flags, "--env", "houshold", "--dry-run"])
 
 
+def test_damaged_newest_checkpoint_is_left_to_the_resume(single_process, run_flags, tmp_path):
+    main([*run_flags, "--train-iters", "2", "--save-interval", "1"])
+    state = tmp_path / "run" / "checkpoints" / "step_0000002" / "state.json"
+    state.write_bytes(state.read_bytes()[:-30])
+    assert main([*run_flags, "--train-iters", "3", "--save-interval", "1"]) == 0
+    assert (tmp_path / "run" / "checkpoints" / "step_0000003").is_dir()
+
+
+def test_fewer_steps_than_the_run_has_done(single_process, run_flags):
+    main([*run_flags, "--train-iters", "2"])
+    assert "train_iters = 1, but" in refused([*run_flags, "--train-iters", "1"])
+
+
+def test_model_without_weights(run_flags, household_models, tmp_path):
+    shutil.copytree(household_models / "student", tmp_path / "bare")
+    (tmp_path / "bare" / "model.safetensors").unlink()
+    assert "safetensors" in refused([*run_flags, "--student", str(tmp_path / "bare"), "--dry-run"])
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"added_tokens": [], "model": {"type": "BPE"}}'])
+def test_tokenizer_that_is_none(run_flags, household_models, tmp_path, content):
+    shutil.copytree(household_models / "student", tmp_path / "odd")
+    (tmp_path / "odd" / "tokenizer.json").write_text(content)
+    assert "tokenizer.json" in refused([*run_flags, "--student", str(tmp_path / "odd"), "--dry-run"])
+
+
+def test_teacher_that_solves_nothing_writes_no_file(single_process, run_flags, tmp_path):
+    path = tmp_path / "none.jsonl"
+    flags = [*run_flags, "--demonstrations", str(path), "--demonstration-tasks", "2", "--demonstration-samples", "1"]
+    assert "solved none of 2 attempts" in refused(flags, demonstrate)
+    assert not path.exists()
+
+
 def test_environment_option_that_does_not_exist(run_flags):
     message = refused([*run_flags, "--env-options", "num_place", "8", "--dry-run"])
     assert "num_place" in message and "num_places" in message

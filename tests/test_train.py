@@ -84,10 +84,11 @@ def test_b2f_replays_the_teacher_and_trains_only_the_student(single_process, run
     from megatron_tcod.envs.household import Household
 
     tasks = Household.tasks("train", count=12)
-    demonstrations = {task.task_id: Household.expert(task, seed=0) for task in tasks[:8]}
+    demonstrations = {task.task_id: Household.expert(task, seed=0) for task in tasks}
     path = tmp_path / "demonstrations.jsonl"
     write_demonstrations(path, demonstrations.values())
     flags = [*run_flags, "--max-turns", "24", "--curriculum", "b2f", "--k-start", "2", "--demonstrations", str(path)]
+    flags += ["--rollout-max-context-len", "1024"]
     main([*flags, "--train-iters", "3"])
     episodes = records(tmp_path / "run", "trajectories.jsonl")
     assert {episode["outcome"] for episode in episodes} == {"ok"}
@@ -103,6 +104,58 @@ def test_b2f_replays_the_teacher_and_trains_only_the_student(single_process, run
         sampled = [token for turn in episode["turns"] if turn["actor"] == "student" for token in turn["token_ids"]]
         masked = [token for token, mask in zip(row["token_ids"], row["loss_mask"], strict=True) if mask]
         assert masked == sampled
+
+
+def test_b2f_counts_tasks_without_a_demonstration_or_plays_them_in_full(single_process, run_flags, tmp_path):
+    from megatron_tcod.envs.demonstrations import write_demonstrations
+    from megatron_tcod.envs.household import Household
+
+    first, *others = Household.tasks("train", count=3)
+    path = tmp_path / "demonstrations.jsonl"
+    write_demonstrations(path, [Household.expert(first, seed=0)])
+    flags = [*run_flags, "--train-tasks", "3", "--max-turns", "20", "--curriculum", "b2f", "--demonstrations", str(path)]
+    main([*flags, "--train-iters", "1"])
+    main([*flags, "--train-iters", "1", "--missing-demonstration", "full", "--save", str(tmp_path / "full")])
+    (record,) = records(tmp_path / "run", "metrics.jsonl")
+    assert (record["rollout/ok"], record["rollout/outcome/no_demonstration"]) == (1, 2)
+    played = {one["task"]["task_id"]: one for one in records(tmp_path / "full", "trajectories.jsonl")}
+    assert all(played[task.task_id]["window"] == {"start": 0, "stop": 20} for task in others)
+    assert played[first.task_id]["window"]["start"] > 0
+
+
+def test_a_task_that_is_drawn_twice_in_a_step_is_played_twice(single_process, run_flags, tmp_path):
+    main([*run_flags, "--train-tasks", "2", "--rollout-batch-size", "4", "--train-iters", "1"])
+    episodes = records(tmp_path / "run", "trajectories.jsonl")
+    assert sorted((one["task"]["task_id"], one["sample"]) for one in episodes) == sorted(
+        (one["task"]["task_id"], sample) for one in episodes[:2] for sample in (0, 1)
+    )
+    texts = {(one["task"]["task_id"], one["sample"]): [turn["token_ids"] for turn in one["turns"]] for one in episodes}
+    assert len({str(tokens) for tokens in texts.values()}) == 4
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_neither_sampled_nor_compared(
+    single_process, household_models, run_flags, tmp_path
+):
+    import shutil
+
+    import transformers
+
+    tokenizer = json.loads((household_models / "student" / "tokenizer.json").read_text())
+    num_known = 1 + max(*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"]))
+    for seed, name in enumerate(("student", "teacher")):
+        shutil.copytree(household_models / name, tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text()) | {"vocab_size": num_known + 300 + 100 * seed}
+        torch.manual_seed(seed)
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config | {"initializer_range": 0.2}))
+        model.save_pretrained(tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    flags = ["--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher"), "--train-iters", "1"]
+    main([*run_flags, *flags])
+    (record,) = records(tmp_path / "run", "metrics.jsonl")
+    turns = [turn for one in records(tmp_path / "run", "trajectories.jsonl") for turn in one["turns"]]
+    sampled = [token for turn in turns for token in turn["token_ids"]]
+    assert len(sampled) > 50 and max(sampled) < num_known
+    assert record["logprob/rollout_gap"] < 1e-4
 
 
 @pytest.mark.parametrize("objective", ["forward_kl", "jsd", "sampled_token"])

@@ -93,8 +93,9 @@ def main() -> None:
         require_packages()
         counts = {split: getattr(arguments, split) for split in SPLITS}
         make_games(arguments.out, counts, seed=arguments.seed)
-    except ValueError as error:
-        sys.exit(f"make_alfworld_games: {error}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def make_games(out: Path, counts: dict[str, int], *, seed: int) -> None:

@@ -82,7 +82,8 @@ def main() -> None:
         lines = Path(args.text).read_text(encoding="utf-8").splitlines() if args.text else sys.stdin.read().splitlines()
         size = train_tokenizer(lines, args.vocab_size, args.output_dir)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"make_tokenizer: {error}") from error
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     print(f"{args.output_dir}: {size} ids from {len(lines)} lines")
 
 

@@ -35,7 +35,7 @@ newest() { # the newest checkpoint of a run
 }
 
 keep() { # from, to: a finished model under a name that does not change
-  [[ -d $2 ]] || { cp -r "$(newest "$1")" "$2.partial" && mv "$2.partial" "$2"; }
+  [[ -d $2 ]] || { rm -rf "$2.partial" && cp -r "$(newest "$1")" "$2.partial" && mv "$2.partial" "$2"; }
 }
 
 [[ -d $run/models/student && -d $run/models/teacher ]] || {
@@ -55,7 +55,7 @@ keep() { # from, to: a finished model under a name that does not change
 }
 
 [[ -d $run/start ]] || {
-  say "student: warm start by SFT on the demonstrations"
+  say "student: warm start by SFT on the expert"
   train --config $examples/warmstart.toml
   keep $run/warmstart $run/start
 }

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from megatron_tcod.envs.alfworld_engine import ENGINES, Engine
+from megatron_tcod.envs.alfworld_engine import ENGINES, Engine, require_packages
 from megatron_tcod.envs.alfworld_expert import Explorer
 from megatron_tcod.envs.base import Step
 from megatron_tcod.envs.mistakes import Mistakes
@@ -62,6 +62,11 @@ class ALFWorld:
     """ALFWorld's text games (Shridhar et al., arXiv 2010.03768)."""
 
     @classmethod
+    def require(cls) -> None:
+        """ValueError with the install line where ALFWorld is not installed."""
+        require_packages()
+
+    @classmethod
     def tasks(
         cls,
         split: str,
@@ -84,6 +89,11 @@ class ALFWorld:
             raise ValueError(
                 f"no playable game below {folder / split}; expected TASK-OBJECT-.../trial_.../{GAME_FILE}: "
                 "run alfworld-download, or tools/make_alfworld_games.py where there is no network"
+            )
+        if count is not None and first + count > len(tasks):
+            raise ValueError(
+                f"alfworld {split} has {len(tasks)} playable games, {first + count} were asked for; ask for fewer, or make "
+                "more with tools/make_alfworld_games.py"
             )
         return tasks[first : None if count is None else first + count]
 

@@ -54,6 +54,11 @@ class EnvironmentFamily(Protocol):
     """
 
     @classmethod
+    def require(cls) -> None:
+        """ValueError with the install line where a package that the environment needs is missing."""
+        ...
+
+    @classmethod
     def tasks(cls, split: str, *, count: int | None = None, **options: Any) -> list[Task]:
         """The first `count` tasks of a split in its fixed order, or all. ValueError names the known splits, and the
         number of tasks where there are fewer."""

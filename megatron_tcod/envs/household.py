@@ -47,6 +47,10 @@ class Household:
     """The built-in text household (`household_world.py` has the room and its rules)."""
 
     @classmethod
+    def require(cls) -> None:
+        """Nothing but Python."""
+
+    @classmethod
     def tasks(
         cls,
         split: str,

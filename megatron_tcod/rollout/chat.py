@@ -104,7 +104,7 @@ class TurnTokenizer:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"no tokenizer.json in {directory}; save the tokenizer there with save_pretrained")
-        tokenizer_json = path.read_text(encoding="utf-8")
+        tokenizer_json = _checked_tokenizer(path)
         config = _read_json(directory / "tokenizer_config.json")
         source = _template_source(directory, config, chat_template)
         if chat_template == "chatml":
@@ -237,7 +237,29 @@ def _plain_backend(specification: dict, controls: dict[str, int]) -> Tokenizer:
 
 
 def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """The object in a JSON file, empty where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON ({error}); save the tokenizer again with save_pretrained") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, expected an object; save the tokenizer again")
+    return found
+
+
+def _checked_tokenizer(path: Path) -> str:
+    """The text of a tokenizer.json that the tokenizers library can load."""
+    fix = "save the tokenizer again with save_pretrained"
+    if "added_tokens" not in _read_json(path):
+        raise ValueError(f"{path} has no added_tokens, expected a tokenizer of the tokenizers library; {fix}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        Tokenizer.from_str(text)
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"{path} is no tokenizer ({error}); {fix}") from None
+    return text
 
 
 def _token_text(token: str | dict | None) -> str:

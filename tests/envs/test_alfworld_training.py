@@ -17,6 +17,7 @@ def test_b2f_replays_published_demonstrations_in_the_real_engine(single_process,
             file.write(json.dumps({"game_file": game, "actions": [turn.action for turn in expert.turns]}) + "\n")
     flags = [
         *run_flags,
+        "--train-tasks", "3",
         "--env", "alfworld",
         "--env-options", "root", str(alfworld_games),
         "--curriculum", "b2f",

@@ -215,6 +215,8 @@ def _typed(values: Mapping[str, Any], ours: str, theirs: str) -> Any:
 def _read_rotary_base(config: Mapping[str, Any]) -> float:
     for name in ("rope_scaling", "rope_parameters"):
         given = config.get(name) or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"config.json: {name} must be an object, got {given!r}; correct config.json")
         kind = given.get("rope_type", given.get("type", "default"))
         extra = sorted(set(given) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
         if kind != "default" or extra:
