@@ -2,8 +2,8 @@
 # The main job on a CPU, from nothing to a report: `bash tools/quickstart.sh`.
 #
 # Makes an environment, a tokenizer and two small Qwen3 configurations; trains a teacher by SFT on the household expert;
-# collects demonstrations from it; warm-starts a student; trains it with vanilla OPD, F2B and B2F under tensor
-# parallelism; evaluates all on held-out tasks; writes one report.html. Interrupted, it goes on where it was.
+# warm-starts a student; trains it with vanilla OPD, F2B and, on demonstrations that it collects from the teacher, B2F,
+# all under tensor parallelism; evaluates all on held-out tasks; writes one report.html. Interrupted, it goes on where it was.
 #
 #   QUICKSTART_STEPS    optimizer steps of each of the three runs (default: the TOML's)
 #   PYTHON, TCOD_VENV   see tools/environment.sh
@@ -49,22 +49,29 @@ keep() { # from, to: a finished model under a name that does not change
   keep $run/teacher $run/teacher-final
 }
 
-[[ -f $run/demonstrations.jsonl ]] || {
-  say "demonstrations: the teacher's own successes"
-  launch megatron_tcod.demonstrate --config $examples/distill.toml
-}
-
 [[ -d $run/start ]] || {
   say "student: warm start by SFT on the expert"
   train --config $examples/warmstart.toml
   keep $run/warmstart $run/start
 }
 
-for curriculum in full f2b b2f; do
+distil() { # curriculum, further arguments
+  local curriculum=$1
+  shift
   say "student: on-policy distillation, curriculum $curriculum"
-  train --config $examples/distill.toml --curriculum $curriculum --save $run/$curriculum \
-    ${QUICKSTART_STEPS:+--train-iters $QUICKSTART_STEPS}
-done
+  train --config $examples/distill.toml --curriculum "$curriculum" --save "$run/$curriculum" \
+    ${QUICKSTART_STEPS:+--train-iters "$QUICKSTART_STEPS"} "$@"
+}
+
+distil full
+distil f2b
+
+[[ -f $run/demonstrations.jsonl ]] || {
+  say "demonstrations: the teacher's own successes"
+  launch megatron_tcod.demonstrate --config $examples/distill.toml --demonstrations $run/demonstrations.jsonl
+}
+
+distil b2f --demonstrations $run/demonstrations.jsonl
 
 say "report"
 python -m megatron_tcod.report $run/full $run/f2b $run/b2f --output $run/report.html \
