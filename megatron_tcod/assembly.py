@@ -87,6 +87,24 @@ class Assembly:
             settings, temperature=self.config.rollout.rollout_temperature, vocab_size=self.vocab_size
         )
 
+    def play_in_full(
+        self, tasks: Sequence[Task], *, temperature: float, seed: int, num_samples: int = 1
+    ) -> list[Episode]:
+        """The student plays whole episodes, whatever the curriculum, with other sampling than in training. Seeds do not
+        depend on the step, so that two plays are paired. Collective."""
+        settings = play_settings(self.config.rollout, temperature=temperature, seed=seed)
+        collect = make_collect(
+            family=self.family,
+            engine=self.engine,
+            tokenizer=self.tokenizer,
+            demonstrations={},
+            settings=settings,
+            num_samples=num_samples,
+            env_options=self.config.environment.env_options,
+        )
+        horizon = TurnWindow(0, settings.max_turns)
+        return collect(tasks, [horizon] * len(tasks), step=0, curriculum_k=settings.max_turns)
+
     def publish_weights(self, version: int) -> None:
         """Hand the student's weights to the engine. Collective."""
         self.engine.load_weights(self.student.hf_weights(), version=version)
@@ -186,7 +204,6 @@ def objective_of(settings: ObjectiveConfig, *, temperature: float, vocab_size: i
 
 
 def make_collect(
-    config: Config,
     *,
     family: type[EnvironmentFamily],
     engine: RolloutEngine,
@@ -194,6 +211,7 @@ def make_collect(
     demonstrations: Mapping[str, Demonstration],
     settings: PlaySettings,
     num_samples: int,
+    env_options: dict[str, Any],
 ) -> Callable[..., list[Episode]]:
     """A `tcod.Collect` that deals the tasks over all ranks and gathers the episodes, in task order, on every one.
 
@@ -219,7 +237,7 @@ def make_collect(
         played = asyncio.run(
             collect_episodes(
                 family, mine, engine=engine, tokenizer=tokenizer, settings=settings, step=step,
-                env_options=config.environment.env_options,
+                env_options=env_options,
             )
         )
         parts = [decode(part, list[Episode]) for part in parallel.all_gather_bytes(encode(played))]
@@ -272,13 +290,13 @@ def assemble(config: Config) -> Assembly:
             vocab_size=vocab_size,
         ),
         collect=make_collect(
-            config,
             family=family,
             engine=engine,
             tokenizer=tokenizer,
             demonstrations=demonstrations,
             settings=settings,
             num_samples=config.rollout.n_samples_per_prompt,
+            env_options=config.environment.env_options,
         ),
         pack=make_pack(config),
         train_tasks=train_tasks(config, family, demonstrations),

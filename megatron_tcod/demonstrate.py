@@ -13,12 +13,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_tcod.assembly import Assembly, assemble, make_collect, play_settings
+from megatron_tcod.assembly import Assembly, assemble
 from megatron_tcod.config import Config, ConfigError, load_config, log_to_console, run_entry_point
 from megatron_tcod.envs.demonstrations import write_demonstrations
 from megatron_tcod.model import parallel
 from megatron_tcod.preflight import preflight, read_model
-from megatron_tcod.trajectory import Demonstration, DemonstrationTurn, Episode, TurnWindow
+from megatron_tcod.trajectory import Demonstration, DemonstrationTurn, Episode
 
 
 def teacher_as_player(config: Config) -> Config:
@@ -36,20 +36,12 @@ def attempt(run: Assembly) -> list[Episode]:
     config, environment = run.config.demonstration, run.config.environment
     count = config.demonstration_tasks or environment.train_tasks
     tasks = run.family.tasks(environment.train_split, count=count, **environment.env_options)
-    settings = play_settings(
-        run.config.rollout, temperature=config.demonstration_temperature, seed=run.config.training.seed
-    )
-    collect = make_collect(
-        run.config,
-        family=run.family,
-        engine=run.engine,
-        tokenizer=run.tokenizer,
-        demonstrations={},
-        settings=settings,
+    return run.play_in_full(
+        tasks,
+        temperature=config.demonstration_temperature,
+        seed=run.config.training.seed,
         num_samples=config.demonstration_samples,
     )
-    horizon = TurnWindow(0, settings.max_turns)
-    return collect(tasks, [horizon] * len(tasks), step=0, curriculum_k=settings.max_turns)
 
 
 def to_demonstration(episode: Episode, source: str) -> Demonstration:

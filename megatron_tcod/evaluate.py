@@ -18,14 +18,14 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from megatron_tcod.assembly import Assembly, assemble, make_collect, play_settings
+from megatron_tcod.assembly import Assembly, assemble
 from megatron_tcod.config import load_config, log_to_console, run_entry_point, take_flag
 from megatron_tcod.metrics import TurnScores, scores_by_turn
 from megatron_tcod.model import parallel
 from megatron_tcod.preflight import preflight
 from megatron_tcod.significance import discordant, mcnemar_exact, wilson_interval
-from megatron_tcod.tcod import evaluation_step
-from megatron_tcod.trajectory import Episode, TurnWindow, decode, encode
+from megatron_tcod.tcod import measure
+from megatron_tcod.trajectory import Episode, decode, encode
 
 
 def evaluate(run: Assembly, *, step: int) -> dict[str, Any]:
@@ -33,35 +33,13 @@ def evaluate(run: Assembly, *, step: int) -> dict[str, Any]:
     run.publish_weights(step)  # sft does not keep the engine current
     config, environment = run.config.evaluation, run.config.environment
     tasks = run.family.tasks(config.eval_split, count=config.eval_tasks, **environment.env_options)
-    settings = play_settings(run.config.rollout, temperature=config.eval_temperature, seed=config.eval_seed)
-    collect = make_collect(
-        run.config,
-        family=run.family,
-        engine=run.engine,
-        tokenizer=run.tokenizer,
-        demonstrations={},
-        settings=settings,
-        num_samples=1,
-    )
     start = time.perf_counter()
-    if run.teacher is None:
-        horizon = TurnWindow(0, settings.max_turns)
-        episodes = collect(tasks, [horizon] * len(tasks), step=0, curriculum_k=settings.max_turns)
-        scores: dict[int, dict[int, TurnScores]] = {}
-    else:
-        scoring = dataclasses.replace(run.config.objective, objective="reverse_kl")
-        episodes, microbatches, per_token = evaluation_step(
-            step,
-            tasks,
-            engine=run.engine,
-            teacher=run.teacher,
-            student=run.student,
-            objective=run.objective_named(scoring),
-            collect=lambda tasks, windows, *, step, curriculum_k: collect(
-                tasks, windows, step=0, curriculum_k=curriculum_k
-            ),  # seeded alike at every step, so that evaluations are paired
-            pack=run.pack,
-            max_turns=settings.max_turns,
+    episodes = run.play_in_full(tasks, temperature=config.eval_temperature, seed=config.eval_seed)
+    scores: dict[int, dict[int, TurnScores]] = {}
+    if run.teacher is not None:
+        measuring = run.objective_named(dataclasses.replace(run.config.objective, objective="reverse_kl"))
+        microbatches, per_token = measure(
+            episodes, student=run.student, teacher=run.teacher, objective=measuring, pack=run.pack
         )
         speaks = parallel.tp_rank() == 0 and parallel.pp_rank() == 0  # one rank of each replica
         scores = gather_scores(scores_by_turn(microbatches, per_token) if speaks else {})

@@ -87,22 +87,9 @@ def sft_step(
     return demonstrations, microbatches, stats
 
 
-def evaluation_step(
-    step: int,
-    tasks: Sequence[Task],
-    *,
-    engine: Engine,
-    teacher: Teacher,
-    student: Student,
-    objective: Callable[..., Any],
-    collect: Collect,
-    pack: Pack,
-    max_turns: int,
-) -> tuple[list[Episode], list[Microbatch], list[dict[str, torch.Tensor]]]:
-    """Play the full horizon whatever the curriculum, and measure the divergence without changing a weight."""
-    episodes = collect(tasks, [TurnWindow(0, max_turns)] * len(tasks), step=step, curriculum_k=max_turns)
+def measure(
+    episodes: list[Episode], *, student: Student, teacher: Teacher, objective: Callable[..., Any], pack: Pack
+) -> tuple[list[Microbatch], list[dict[str, torch.Tensor]]]:
+    """The divergence at every sampled token of episodes, without changing a weight."""
     microbatches = pack(episodes)
-    with engine.released():
-        per_token = student.measure(microbatches, teacher.score(microbatches), objective)
-    engine.load_weights(student.hf_weights(), version=step)
-    return episodes, microbatches, per_token
+    return microbatches, student.measure(microbatches, teacher.score(microbatches), objective)

@@ -20,14 +20,9 @@ started=$SECONDS
 
 say() { printf '\n== %s (%d s)\n' "$*" "$((SECONDS - started))"; }
 
-launch() { # entry point, arguments: two processes on this machine, checked before they start
+launch() { # entry point, arguments: two processes on this machine; a finished run has nothing left to do
   echo "+ torchrun --standalone --nproc-per-node 2 -m $*"
   torchrun --standalone --nproc-per-node 2 -m "$@"
-}
-
-train() { # arguments of megatron_tcod.train; does nothing where the run is finished
-  python -m megatron_tcod.train "$@" --dry-run > /dev/null
-  launch megatron_tcod.train "$@"
 }
 
 newest() { # the newest checkpoint of a run
@@ -45,13 +40,13 @@ keep() { # from, to: a finished model under a name that does not change
 
 [[ -d $run/teacher-final ]] || {
   say "teacher: SFT on the expert"
-  train --config $examples/teacher.toml
+  launch megatron_tcod.train --config $examples/teacher.toml
   keep $run/teacher $run/teacher-final
 }
 
 [[ -d $run/start ]] || {
   say "student: warm start by SFT on the expert"
-  train --config $examples/warmstart.toml
+  launch megatron_tcod.train --config $examples/warmstart.toml
   keep $run/warmstart $run/start
 }
 
@@ -59,7 +54,7 @@ distil() { # curriculum, further arguments
   local curriculum=$1
   shift
   say "student: on-policy distillation, curriculum $curriculum"
-  train --config $examples/distill.toml --curriculum "$curriculum" --save "$run/$curriculum" \
+  launch megatron_tcod.train --config $examples/distill.toml --curriculum "$curriculum" --save "$run/$curriculum" \
     ${QUICKSTART_STEPS:+--train-iters "$QUICKSTART_STEPS"} "$@"
 }
 
