@@ -29,4 +29,4 @@ def test_standard_input_becomes_a_directory_that_both_readers_agree_on(tmp_path)
 def test_a_wrong_size_is_one_line_without_a_traceback(tmp_path):
     result = run("--vocab-size", "100", "--output-dir", str(tmp_path / "out"), text="x")
     assert result.returncode == 2
-    assert result.stderr.strip() == ("make_tokenizer: vocab_size 100 is too small: 256 bytes and the control tokens need 259")
+    assert result.stderr.strip() == ("error: vocab_size 100 is too small: 256 bytes and the control tokens need 259")
