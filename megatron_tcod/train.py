@@ -37,7 +37,7 @@ from megatron_tcod.preflight import check_run_directory, check_training, preflig
 from megatron_tcod.tcod import sft_step, tcod_step
 from megatron_tcod.trajectory import Episode, Microbatch
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("megatron_tcod.train")  # also where this module is __main__
 
 
 class PhaseClock:
