@@ -13,7 +13,6 @@ import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_tcod.config import Config, ObjectiveConfig, ParallelConfig, RolloutConfig
@@ -158,13 +157,12 @@ def play_settings(config: RolloutConfig, *, temperature: float, seed: int) -> Pl
 
 def load_demonstrations(config: Config) -> dict[str, Demonstration]:
     """Demonstrations by task id, successes only; empty where the run replays and imitates none."""
-    source = config.curriculum.demonstrations
-    if source in ("", EXPERT_DEMONSTRATIONS):
+    if not needs_file(config):
         return {}
     root = config.environment.env_options.get("root")
     if root is not None and not isinstance(root, str):
         raise ValueError(f"env_options root = {root!r} must be the directory of the games, as text")
-    found = read_demonstrations(Path(source), config.environment.env, root=root)
+    found = read_demonstrations(config.curriculum.demonstrations, config.environment.env, root=root)
     return {one.task.task_id: one for one in found if one.success}
 
 
@@ -305,7 +303,7 @@ def assemble(config: Config) -> Assembly:
 
 
 def needs_file(config: Config) -> bool:
-    """Whether the training tasks are those of the demonstration file."""
+    """Whether demonstrations come from a file."""
     return config.curriculum.demonstrations not in ("", EXPERT_DEMONSTRATIONS)
 
 
