@@ -244,19 +244,26 @@ class _LinearDivergence(torch.autograd.Function):
                 student.logits(rows),
                 None if teacher is None else teacher.logits(rows),
                 None if column is None else column[rows],
+                student_scale=plan.student_scale,
+                teacher_scale=plan.teacher_scale,
             )
         sums = MergedSums.merge(_all_gather(partial, plan.tp_group))  # each [S] float64
 
         dtype = student.dtype
-        rows_table = sums.table().to(dtype)  # [5, S]
+        rows_table = sums.table()  # [5, S] float64
         if plan.kind == "jsd":
             pair = torch.empty(2, num_rows, dtype=torch.float64, device=device)  # [2, S] this shard
             for rows in plan.chunks(num_rows, device):
                 pair[:, rows] = mixture_sums(
-                    student.logits(rows), teacher.logits(rows), rows_table[:, rows], beta=plan.beta
+                    student.logits(rows),
+                    teacher.logits(rows),
+                    rows_table[:, rows],
+                    beta=plan.beta,
+                    student_scale=plan.student_scale,
+                    teacher_scale=plan.teacher_scale,
                 )
             from_student, from_teacher = _all_gather(pair, plan.tp_group).sum(0)  # [S] each
-            rows_table[CENTRE] = from_student.to(dtype)
+            rows_table[CENTRE] = from_student
             loss = plan.beta * from_teacher + (1 - plan.beta) * from_student  # [S]
         else:
             loss = {
@@ -286,15 +293,19 @@ class _LinearDivergence(torch.autograd.Function):
         grad_head = student_head.new_zeros(student_head.shape, dtype=dtype) if needs_head else None  # [V/tp, H_s]
 
         for rows in plan.chunks(student_hidden.shape[0], student_hidden.device):
-            grad_logits = logits_gradient(
-                plan.kind,
-                student.logits(rows, is_idle),
+            grad_logits = student.logits(rows, is_idle)  # [C, columns] of the shard
+            logits_gradient(
+                grad_logits,
                 None if teacher is None else teacher.logits(rows, is_idle),
                 rows_table[:, rows],
-                column=None if column is None else column[rows],
+                grad_loss[rows].to(dtype) * plan.student_scale,
+                None if column is None else column[rows],
+                kind=plan.kind,
                 beta=plan.beta,
-            )  # [C, columns] of the shard
-            grad_logits.mul_((grad_loss[rows].to(dtype) * plan.student_scale)[:, None])
+                student_scale=plan.student_scale,
+                teacher_scale=plan.teacher_scale,
+                out=grad_logits,
+            )
             grad_logits = student.operand(grad_logits)
             if needs_hidden:
                 grad_hidden[rows] = _matmul(grad_logits, student.head, dtype)
@@ -341,9 +352,8 @@ class _Projection:
         return hidden if is_idle is None else hidden.masked_fill(is_idle[rows, None], 0)
 
     def logits(self, rows: slice, is_idle: torch.Tensor | None = None) -> torch.Tensor:
-        """[C, columns] of this shard, over the temperature."""
-        logits = _matmul(self.rows(rows, is_idle), self.head.T, self.dtype)
-        return logits if self.scale == 1.0 else logits.mul_(self.scale)
+        """[C, columns] of this shard."""
+        return _matmul(self.rows(rows, is_idle), self.head.T, self.dtype)
 
 
 def _projections(

@@ -1,11 +1,24 @@
 """The partial sums of vocabulary shards, added up to what a whole vocabulary gives.
 
-    sums = MergedSums.merge(parts)                # parts [tp, 11, S] float64, gathered in rank order
+    sums = MergedSums.merge(parts)                # parts [tp, 13, S] float64, gathered in rank order
     sums.reverse_kl, sums.student.entropy         # [S] float64
 
 Each shard shifts its logits by its own maximum, so joining it moves its sums to the common maximum first. A shard
 without mass (only padding, or only -inf) has maximum -inf and joins with factor zero. Additions run in rank order on
 equal data, so that ranks agree to the last bit.
+
+The order of the sums, with a and b the shifted logits of student and teacher and g = a - b (`ops/divergence.py`):
+
+    student  0 maximum   1 Z_s = sum e^a   2 C_s = sum e^a a   3 target logit or -inf
+    teacher  4 maximum   5 Z_t = sum e^b   6 C_t = sum e^b b   7 target logit or -inf
+    both     8 G_s = sum e^a g             9 G_t = sum e^b g
+            10 E_s = sum e^a (e^-g - 1 + g)     11 E_t = sum e^b (e^g - 1 - g)     12 both maxima in one column
+
+A divergence is a small difference of large sums when the models nearly agree, and fp32 would then leave noise of either
+sign. The terms of E_s and E_t are squares to first order and none is negative, so what is left after rounding is small
+against the answer: with r = Z_t / Z_s - 1,  KL(p_S || p_T) = E_s / Z_s - (r - log1p(r)), where the bracket is r^2 / 2
+near zero. Far from agreement, |r| > 1/2, G_s / Z_s + log1p(r) is the better form. Forward KL is the same with the sides
+exchanged and -G_t. A change of shift by h = shift_S - shift_T turns E_s into E_s + Z_t expm1(-h) + Z_s h.
 
 Not here: the sums themselves (`ops/logits_chunk.py`) and the collective (`ops/divergence.py`).
 """
@@ -16,6 +29,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+NUM_SOFTMAX_SUMS = 4
+"""Sums of one model."""
+
+NUM_PAIR_SUMS = 5
+"""Sums that involve both models."""
 
 CENTRE = 4
 """Row of `MergedSums.table` that JSD overwrites with KL(p_S || m)."""
@@ -59,27 +78,29 @@ class MergedSums:
 
     @staticmethod
     def count(has_teacher: bool) -> int:
-        """Partial sums a row and shard: four for each softmax, three that involve both."""
-        return 11 if has_teacher else 4
+        """Partial sums a row and shard."""
+        return 2 * NUM_SOFTMAX_SUMS + NUM_PAIR_SUMS if has_teacher else NUM_SOFTMAX_SUMS
 
     @classmethod
     def merge(cls, parts: torch.Tensor) -> MergedSums:
-        """parts [tp, 4 or 11, S] float64, in the order of `partial_sums`."""
+        """parts [tp, 4 or 13, S] float64, in the order above."""
         student = Softmax.merge(parts[:, :4])
         if parts.shape[1] == cls.count(False):
             return cls(student)
         teacher = Softmax.merge(parts[:, 4:8])
-        gap_s, gap_t, is_shared = parts[:, 8:].unbind(1)  # [tp, S] each
+        gap_s, gap_t, excess_s, excess_t, is_shared = parts[:, 8:].unbind(1)  # [tp, S] each
         shift = student.shift - teacher.shift  # [tp, S]
-        gap_s = unless_zero(student.scale, gap_s + parts[:, 1] * shift).sum(0)  # [S]
-        gap_t = unless_zero(teacher.scale, gap_t + parts[:, 5] * shift).sum(0)  # [S]
-        log_ratio = teacher.log_total - student.log_total  # [S]
+        total_s, total_t = parts[:, 1], parts[:, 5]  # [tp, S] each
+        gap_s = unless_zero(student.scale, gap_s + total_s * shift).sum(0)  # [S]
+        gap_t = unless_zero(teacher.scale, gap_t + total_t * shift).sum(0)  # [S]
+        excess_s = _moved(excess_s, shift, student.scale, total_s, teacher.scale, total_t)  # [S]
+        excess_t = _moved(excess_t, -shift, teacher.scale, total_t, student.scale, total_s)  # [S]
         holds_both = (parts[:, 0] == student.max) & (parts[:, 4] == teacher.max)  # [tp, S]
         return cls(
             student,
             teacher,
-            reverse_kl=gap_s / student.total + log_ratio,
-            forward_kl=-gap_t / teacher.total - log_ratio,
+            reverse_kl=_kl(gap_s, excess_s, student.total, teacher.total),
+            forward_kl=_kl(-gap_t, excess_t, teacher.total, student.total),
             top1_agreement=(is_shared * holds_both).amax(0),
         )
 
@@ -97,6 +118,27 @@ class MergedSums:
             return own
         shared = [self.reverse_kl, self.forward_kl, self.top1_agreement]
         return [*own, self.teacher.entropy, self.teacher.logprob, *shared]
+
+
+def _moved(
+    excess: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    total: torch.Tensor,
+    other_scale: torch.Tensor,
+    other_total: torch.Tensor,
+) -> torch.Tensor:
+    """Shards' excess at the common maxima, [tp, S] each -> [S]. Without own mass it is the other side's mass."""
+    gained = torch.where(shift.abs() < 1, scale * torch.expm1(-shift), other_scale - scale)  # [tp, S]
+    moved = unless_zero(scale, excess + total * shift) + other_total * gained
+    return torch.where((scale == 0) | (shift != 0), moved, scale * excess).sum(0)
+
+
+def _kl(gap: torch.Tensor, excess: torch.Tensor, total: torch.Tensor, other_total: torch.Tensor) -> torch.Tensor:
+    """KL of p (whose sums these are) and the other distribution, [S] each -> [S]; see the module's derivation."""
+    ratio = (other_total - total) / total
+    log_ratio = torch.log1p(ratio)
+    return torch.where(ratio.abs() < 0.5, excess / total - (ratio - log_ratio), gap / total + log_ratio)
 
 
 def unless_zero(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
