@@ -15,6 +15,9 @@ A term whose weight is exactly zero counts as zero, whatever the other distribut
 against which the other side has probability zero makes the divergence infinite: that is the answer, not an error.
 There is no hidden factor tau^2: a temperature divides logits and does nothing else.
 
+Top-k with a tail (`topk_divergence`) is for teachers that send k log-probabilities a position. Both distributions are
+reduced to the k listed tokens and one bucket with the rest of the mass, and the same three definitions apply to these.
+
 Not here: chunking, tensor parallelism, reductions over tokens, speed.
 """
 
@@ -102,6 +105,66 @@ def logprob(
     """Log-probability of one token a row. Logits [S, V], target_ids [S] int64 -> [S] nats, at most 0."""
     log_p = log_softmax(logits, vocab_size=vocab_size, temperature=temperature)  # [S, V]
     return log_p.gather(-1, target_ids[..., None])[..., 0]
+
+
+def topk_divergence(
+    student_logits: torch.Tensor,
+    support_ids: torch.Tensor,
+    teacher_logprobs: torch.Tensor,
+    *,
+    kind: str,
+    beta: float = 0.5,
+    vocab_size: int | None = None,
+    student_temperature: float = 1.0,
+    tail_floor: float = 0.0,
+) -> torch.Tensor:
+    """Divergence of both distributions over k + 1 buckets: the k listed tokens, and all others together.
+
+    student_logits [S, V_student], support_ids [S, k] int64 with -1 in unused places, teacher_logprobs [S, k] at these
+    ids -> [S] nats; `kind` is reverse_kl, forward_kl or jsd. It is never above the divergence of whole vocabularies,
+    because both sides are coarsened in the same way.
+    """
+    log_p = log_softmax(student_logits, vocab_size=vocab_size, temperature=student_temperature)  # [S, V]
+    student = student_buckets(log_p, support_ids)  # [S, k + 1]
+    is_complete = (support_ids >= 0).sum(-1) == log_p.shape[-1]  # [S]
+    teacher = teacher_buckets(teacher_logprobs.to(log_p), support_ids, is_complete, tail_floor=tail_floor)  # [S, k + 1]
+    if kind == "reverse_kl":
+        return _kl(student, teacher)
+    if kind == "forward_kl":
+        return _kl(teacher, student)
+    assert kind == "jsd", kind
+    mixture = _safe_log(beta * teacher.exp() + (1 - beta) * student.exp())  # [S, k + 1]
+    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+
+
+def student_buckets(log_p: torch.Tensor, support_ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [S, V] -> [S, k + 1] of the listed ids and, last, of all others together; -inf where empty."""
+    is_listed = log_p.new_zeros(log_p.shape[0], log_p.shape[1] + 1, dtype=torch.bool)  # [S, V + 1] last: unused places
+    is_listed.scatter_(-1, support_ids.where(support_ids >= 0, log_p.shape[1]), True)
+    tail = log_p.exp().masked_fill(is_listed[:, :-1], 0).sum(-1, keepdim=True)  # [S, 1]
+    listed = log_p.gather(-1, support_ids.clamp(min=0)).masked_fill(support_ids < 0, -torch.inf)  # [S, k]
+    return torch.cat([listed, _safe_log(tail)], -1)
+
+
+def teacher_buckets(
+    logprobs: torch.Tensor, support_ids: torch.Tensor, is_complete: torch.Tensor, *, tail_floor: float = 0.0
+) -> torch.Tensor:
+    """Log-probabilities [S, k] at the listed ids -> [S, k + 1] with the rest of the mass last.
+
+    Listed mass above 1 is rounding and is scaled down to 1. A rest below `tail_floor` is raised to it and the listed
+    mass scaled to what remains, so that both stay a distribution. In rows that list the whole vocabulary (is_complete
+    [S]) there is no rest at all.
+    """
+    mass = logprobs.exp().masked_fill(support_ids < 0, 0)  # [S, k]
+    total = mass.sum(-1, keepdim=True)  # [S, 1]
+    tail = (1 - total).clamp(min=tail_floor).masked_fill(is_complete[:, None], 0)  # [S, 1]
+    listed = torch.where(tail == 1 - total, mass, mass * (1 - tail) / torch.where(total == 0, 1, total))  # [S, k]
+    return _safe_log(torch.cat([listed, tail], -1))
+
+
+def _safe_log(mass: torch.Tensor) -> torch.Tensor:
+    """Logarithm whose derivative at zero is zero, so that an empty bucket has none."""
+    return torch.where(mass == 0, -torch.inf, torch.where(mass == 0, 1, mass).log())
 
 
 def _both(

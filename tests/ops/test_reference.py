@@ -119,3 +119,68 @@ def test_errors_name_the_setting():
         reference.entropy(student, temperature=0)
     with pytest.raises(ValueError, match="beta must lie strictly between 0 and 1, got 1.0"):
         reference.jsd(student, teacher, beta=1.0)
+
+
+def _bucketed(p: np.ndarray, support_ids: torch.Tensor) -> np.ndarray:
+    """Probabilities [S, V] added up by hand: those listed in order, then all others."""
+    listed = [[row[i] if i >= 0 else 0.0 for i in ids] for row, ids in zip(p, support_ids.tolist(), strict=True)]
+    return np.concatenate([listed, 1 - np.sum(listed, -1, keepdims=True)], -1)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_topk_divergence_is_that_of_the_bucketed_distributions(kind: str):
+    student, teacher = _logits()
+    support_ids = torch.tensor([[3, 0, 30], [1, -1, 2], [-1, -1, -1], [7, 8, 9], [30, 29, -1]])
+    p_s = scipy.special.softmax(student.numpy() / 0.7, axis=-1)
+    p_t = scipy.special.softmax(teacher.numpy(), axis=-1)
+    sent = torch.log_softmax(teacher, -1).gather(-1, support_ids.clamp(min=0))
+    s, t = _bucketed(p_s, support_ids), _bucketed(p_t, support_ids)
+    m = 0.3 * t + 0.7 * s
+    expected = {
+        "reverse_kl": scipy.stats.entropy(s, t, axis=-1),
+        "forward_kl": scipy.stats.entropy(t, s, axis=-1),
+        "jsd": 0.3 * scipy.stats.entropy(t, m, axis=-1) + 0.7 * scipy.stats.entropy(s, m, axis=-1),
+    }[kind]
+    result = reference.topk_divergence(student, support_ids, sent, kind=kind, beta=0.3, student_temperature=0.7)
+    np.testing.assert_allclose(result, expected, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_topk_divergence_over_the_whole_vocabulary_is_the_divergence(kind: str):
+    student, teacher = _logits(columns=7)
+    student.requires_grad_()
+    ids = torch.stack([torch.randperm(7, generator=torch.Generator().manual_seed(i)) for i in range(5)])
+    sent = torch.log_softmax(teacher, -1).gather(-1, ids)
+    for sent_again in (sent, sent + 1e-5, sent - 1e-5):  # rounded by whoever sends
+        result = reference.topk_divergence(student, ids, sent_again, kind=kind, tail_floor=1e-6)
+        truth = DIVERGENCES[kind](student, teacher)
+        torch.testing.assert_close(result, truth, rtol=1e-9, atol=1e-12)
+        ours, whole = (torch.autograd.grad(x.sum(), student, retain_graph=True)[0] for x in (result, truth))
+        torch.testing.assert_close(ours, whole, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_gradient_of_topk_divergence_equals_finite_differences(kind: str):
+    student, teacher = _logits(rows=3, columns=7)
+    support_ids = torch.tensor([[3, 0], [1, -1], [-1, -1]])
+    sent = torch.log_softmax(teacher, -1).gather(-1, support_ids.clamp(min=0))
+    assert torch.autograd.gradcheck(
+        lambda s: reference.topk_divergence(s, support_ids, sent, kind=kind, student_temperature=0.8),
+        student.requires_grad_(),
+    )
+
+
+def test_teacher_mass_above_one_is_scaled_and_a_small_rest_is_raised_to_the_floor():
+    ids, is_complete = torch.tensor([[4, 2]]), torch.tensor([False])
+    mass = {"above": (0.75, 0.2502), "small": (0.75, 0.25 - 1e-9), "ordinary": (0.5, 0.25)}
+    for name, floor, expected in [
+        ("above", 0.0, (0.75 / 1.0002, 0.2502 / 1.0002, 0)),
+        ("above", 1e-6, (0.75 / 1.0002 * (1 - 1e-6), 0.2502 / 1.0002 * (1 - 1e-6), 1e-6)),
+        ("small", 0.0, (0.75, 0.25 - 1e-9, 1e-9)),
+        ("small", 1e-6, (0.75 * (1 - 1e-6) / (1 - 1e-9), (0.25 - 1e-9) * (1 - 1e-6) / (1 - 1e-9), 1e-6)),
+        ("ordinary", 1e-6, (0.5, 0.25, 0.25)),
+    ]:
+        sent = torch.tensor([mass[name]], dtype=torch.float64).log()
+        buckets = reference.teacher_buckets(sent, ids, is_complete, tail_floor=floor).exp()
+        np.testing.assert_allclose(buckets[0], expected, rtol=1e-7, atol=1e-15)
+        np.testing.assert_allclose(buckets.sum(), 1, rtol=1e-14)
