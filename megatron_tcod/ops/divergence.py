@@ -3,15 +3,16 @@
 How to call it, on every rank of the tensor-parallel group and with the same rows on each:
 
     out = linear_divergence(student_hidden, student_head, teacher_hidden, teacher_head, kind="reverse_kl",
-                            vocab_size=151_669, target_ids=target_ids, tp_group=tp_group)
-    (loss_weight * out.loss).sum().backward()
+                            vocab_size=151_669, target_ids=target_ids, loss_weight=loss_weight, tp_group=tp_group)
+    out.total.backward()                                          # total = sum(loss_weight * out.loss)
 
 The chunk loop. Hidden rows meet the head a bounded number at a time, so one chunk's pair of logits is all that lives.
-The forward pass reads each chunk once and leaves a dozen partial sums a row; after the last chunk one all-gather
-brings the sums of all vocabulary shards together, and every rank adds them in rank order: same bits everywhere.
-The backward pass makes the logits again, chunk by chunk, and turns them into their gradient in place. That needs no
-communication, because the sums it uses are already global and the loss is the same on each rank; only the gradient
-of `student_hidden`, to which each shard contributes, is all-reduced, and nothing is multiplied by the group's size.
+A chunk is read once and leaves a dozen partial sums a row; one all-gather brings the sums of all vocabulary shards
+together, and every rank adds them in rank order: same bits everywhere. A second read turns the logits into their
+gradient in place. That needs no communication, because the sums it uses are already global and the loss is the same on
+each rank; only the gradient of `student_hidden`, to which each shard contributes, is all-reduced, and nothing is
+multiplied by the group's size. With `loss_weight` known both reads happen while the chunk is there. Without it `loss`
+itself is differentiable, and the backward pass makes the logits again.
 
 The sums. With a = s - max(s) and b = t - max(t), the logits of student and teacher over their temperatures, shifted,
 
@@ -21,7 +22,9 @@ The sums. With a = s - max(s) and b = t - max(t), the logits of student and teac
 
 Shifting keeps the terms as small as the answer, where plain log-sum-exps of +-1e4 would leave fp32 no digits. A shard
 with its own maximum m joins at the global maximum M by Z += e^(m-M) Z', C += e^(m-M) (C' + (m-M) Z'), and G likewise.
-The mixture of JSD is not linear in these, so that kind reads the logits a second time and gathers two more sums:
+Where the models nearly agree, two further sums of non-negative terms replace the differences of logarithms, so that
+rounding leaves no negative KL (`ops/shard_sums.py`).
+The mixture of JSD is not linear in these, so that kind reads the logits once more and gathers two more sums:
 
     delta = log p_T - log p_S          log(m / p_S) = max(delta, 0) + log1p(c * expm1(-|delta|))
     c = 1 - beta where delta > 0 else beta                log(m / p_T) = max(-delta, 0) + the same
@@ -31,48 +34,40 @@ The gradient with respect to s, later times the upstream gradient and 1 / studen
     reverse_kl   p_S (log p_S - log p_T - KL)                          forward_kl   p_S - p_T
     jsd          (1 - beta) p_S (log(p_S / m) - KL(p_S || m))          nll          p_S - onehot(y)
 
-fp32 inputs are computed in fp32, float64 in float64, half-precision inputs give fp32 logits; sums of shards are merged
-in float64. Definitions and conventions are in `ops/reference.py`, which this file must match.
+fp32 inputs are computed in fp32, float64 in float64, half-precision inputs give fp32 logits straight out of the product:
+bf16 logits would make this gradient wrong by tens of percent near convergence. Sums of shards are merged in float64.
+Definitions and conventions are in `ops/reference.py`, which this file must match.
 
-Not here: normalisation over tokens (the caller's `loss_weight`), sequence-parallel gathering of hidden states, a
-second derivative, and native kernels, which will take the place of the functions in `ops/logits_chunk.py`.
+Not here: normalisation over tokens (the caller's `loss_weight`), sequence-parallel gathering of hidden states, a second
+derivative, the loops (`ops/chunk_loop.py`), the operators (`ops/library.py`) and the arithmetic (`ops/backends.py`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
-from megatron_tcod.ops.logits_chunk import logits_gradient, mixture_sums, partial_sums
-from megatron_tcod.ops.shard_sums import CENTRE, MergedSums
-from megatron_tcod.ops.vocab_shard import VocabShard, align_head, group_rank, group_size
+from megatron_tcod.ops import library
+from megatron_tcod.ops.backends import BACKENDS
+from megatron_tcod.ops.chunk_loop import Plan
+from megatron_tcod.ops.vocab_shard import align_head, group_size
 
 __all__ = ["KINDS", "TokenDivergence", "TokenLogprob", "align_head", "linear_divergence", "linear_logprob"]
 
 KINDS = ("reverse_kl", "forward_kl", "jsd", "nll")
 """What `TokenDivergence.loss` can be. `nll` is -log p_S(target), with the statistics of both models beside it."""
 
-CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 1 << 30}
-"""Bytes of one chunk of fp32 logits: near a core's cache on a CPU, large enough to fill the matrix units on a GPU."""
-
-MIN_CHUNK_ROWS = 256
-"""Fewer rows would spend more time on adding up the head gradient, which every chunk touches whole, than on products."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class TokenDivergence:
-    """One value a row, nats. All but `loss` are detached statistics of the same read, over the real vocabulary.
+    """One value a row, nats. Statistics are detached and of the same read, over the real vocabulary.
 
-    Example: `linear_divergence(...).loss` has shape [S] and reaches `student_hidden` and `student_head`.
+    Example: `linear_divergence(..., loss_weight=weight).total.backward()` reaches `student_hidden` and the head.
     """
 
-    loss: torch.Tensor  # [S] differentiable
+    loss: torch.Tensor  # [S] differentiable unless `total` is
+    total: torch.Tensor | None  # [] sum(loss_weight * loss), differentiable; None without loss_weight
     reverse_kl: torch.Tensor  # [S] KL(student || teacher)
     forward_kl: torch.Tensor  # [S] KL(teacher || student)
     student_entropy: torch.Tensor  # [S]
@@ -84,9 +79,10 @@ class TokenDivergence:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
-    """One value a row, nats. Example: `(-weight * linear_logprob(...).logprob).sum()` is a weighted NLL."""
+    """One value a row, nats. Example: `linear_logprob(..., loss_weight=weight).total` is a weighted NLL."""
 
-    logprob: torch.Tensor  # [S] differentiable
+    logprob: torch.Tensor  # [S] differentiable unless `total` is
+    total: torch.Tensor | None  # [] sum(loss_weight * -logprob), differentiable; None without loss_weight
     entropy: torch.Tensor  # [S] detached
 
 
@@ -102,8 +98,13 @@ def linear_divergence(
     student_temperature: float = 1.0,
     teacher_temperature: float = 1.0,
     target_ids: torch.Tensor | None = None,
+    loss_weight: torch.Tensor | None = None,
+    head_grad: torch.Tensor | None = None,
+    grad_scale: torch.Tensor | None = None,
     tp_group: dist.ProcessGroup | None = None,
     chunk_size: int | None = None,
+    is_packed: bool = False,
+    backend: str = "auto",
 ) -> TokenDivergence:
     """Divergence between student and teacher at each row, with statistics from the same read of the logits.
 
@@ -111,12 +112,21 @@ def linear_divergence(
     padded vocabulary. teacher_hidden [S, H_t] and teacher_head [V/tp, H_t] likewise, without gradient. `vocab_size`
     counts real tokens: columns from there on have no probability and get a gradient of exactly zero, also where that
     is a rank's whole shard. target_ids [S] int64 are global ids; one outside the vocabulary has log-probability -inf.
-    `beta` belongs to `jsd`. `chunk_size` is in rows; None takes what `CHUNK_BYTES` allows.
+    `beta` belongs to `jsd`. `chunk_size` is in rows; None takes what `chunk_loop.CHUNK_BYTES` allows.
+
+    With `loss_weight` [S] the gradient is made together with the loss: call backward on `total`. Weights may lie on the
+    CPU whatever the device, and then rows of weight zero are not computed, and all their results are zero. `head_grad`
+    [V/tp, H_s] fp32 or wider (Megatron's `main_grad`) then takes the head's gradient, added up during the *forward*
+    pass times `grad_scale` [], a number on the device that the upstream gradient of `total` will be; the head gets no
+    other gradient, and backward may run once. `is_packed` keeps a chunk between its reads as fp16 student logits and
+    gaps, half the memory and traffic, with statistics still from fp32. Without gradients enabled only values are made.
 
     The gradient of student_hidden is already summed over `tp_group`; that of student_head is this shard's, added up
-    in fp32. A row whose upstream gradient is zero contributes exactly zero, even where its values are not finite.
+    in fp32. A row whose weight or upstream gradient is zero contributes exactly zero, even where its values are not
+    finite. `backend` is `auto` or one of `backends.BACKENDS`.
 
-    Collectives: forward one all-gather (two for `jsd`), backward one all-reduce; S may be 0 if it is so on all ranks.
+    Collectives: one all-gather a chunk with `loss_weight`, else one in all (twice that for `jsd`), and one all-reduce
+    with the gradient; S may be 0 if it is so on all ranks.
     Raises ValueError for shapes that do not fit, unequal shards (see `align_head`), and settings out of range.
     """
     if kind not in KINDS:
@@ -139,21 +149,25 @@ def linear_divergence(
             f"rank {dist.get_rank(tp_group)} of {tp_size} would compare different tokens; once, before training, use "
             f"align_head(teacher_head, vocab_size, {student_head.shape[0] * tp_size}, tp_group)"
         )
-    plan = _Plan(
+    rows = student_head.shape[0] if tp_size > 1 else min(student_head.shape[0], teacher_head.shape[0])
+    plan = _plan(
+        rows,
+        tp_group,
+        backend,
         kind=kind,
+        vocab_size=vocab_size,
         beta=beta,
-        student_scale=_inverse("student_temperature", student_temperature),
-        teacher_scale=_inverse("teacher_temperature", teacher_temperature),
-        shard=_shard_of(student_head, vocab_size, tp_group, teacher_head),
-        chunk_size=chunk_size,
-        tp_group=tp_group,
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+        chunk_size=chunk_size or 0,
+        is_packed=is_packed,
     )
-    loss, statistics = _LinearDivergence.apply(
-        plan, student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach(), target_ids
-    )  # [S], [7, S]
+    models = (student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach(), target_ids)
+    total, loss, statistics = _run(plan, models, loss_weight, head_grad, grad_scale)  # [], [S], [7, S]
     student_entropy, student_logprob, teacher_entropy, teacher_logprob, reverse, forward, agreement = statistics
     return TokenDivergence(
         loss=loss,
+        total=total,
         reverse_kl=reverse,
         forward_kl=forward,
         student_entropy=student_entropy,
@@ -171,246 +185,85 @@ def linear_logprob(
     *,
     vocab_size: int,
     temperature: float = 1.0,
+    loss_weight: torch.Tensor | None = None,
+    head_grad: torch.Tensor | None = None,
+    grad_scale: torch.Tensor | None = None,
     tp_group: dist.ProcessGroup | None = None,
     chunk_size: int | None = None,
+    backend: str = "auto",
 ) -> TokenLogprob:
     """Log-probability of target_ids [S] under one model, and its entropy, both [S] in nats.
 
-    hidden [S, H], head [V/tp, H]: padding, gradients, collectives and errors as in `linear_divergence`.
+    hidden [S, H], head [V/tp, H]: padding, weights, gradients, collectives and errors as in `linear_divergence`.
     """
     _check_rows("student", hidden, head, target_ids, chunk_size)
-    plan = _Plan(
+    plan = _plan(
+        head.shape[0],
+        tp_group,
+        backend,
         kind="nll",
-        student_scale=_inverse("temperature", temperature),
-        shard=_shard_of(head, vocab_size, tp_group),
-        chunk_size=chunk_size,
-        tp_group=tp_group,
+        vocab_size=vocab_size,
+        beta=0.5,
+        student_temperature=temperature,
+        teacher_temperature=1.0,
+        chunk_size=chunk_size or 0,
+        is_packed=False,
     )
-    loss, statistics = _LinearDivergence.apply(plan, hidden, head, None, None, target_ids)  # [S], [2, S]
-    return TokenLogprob(logprob=-loss, entropy=statistics[0])
+    total, loss, statistics = _run(plan, (hidden, head, None, None, target_ids), loss_weight, head_grad, grad_scale)
+    return TokenLogprob(logprob=-loss, total=total, entropy=statistics[0])
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """Everything about one call that is not a tensor."""
-
-    kind: str
-    student_scale: float
-    shard: VocabShard
-    chunk_size: int | None
-    tp_group: dist.ProcessGroup | None
-    teacher_scale: float = 1.0
-    beta: float = 0.5
-
-    def chunks(self, num_rows: int, device: torch.device) -> Iterator[slice]:
-        """Row ranges of nearly equal length that cover [0, num_rows)."""
-        size = self.chunk_size
-        if size is None:
-            budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
-            size = max(MIN_CHUNK_ROWS, budget // (4 * max(self.shard.columns, 1)))
-        length = math.ceil(num_rows / max(math.ceil(num_rows / size), 1))
-        for start in range(0, num_rows, max(length, 1)):
-            yield slice(start, min(start + length, num_rows))
-
-    def columns_of(self, target_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """Where in this shard a token is; -1 for a token that is elsewhere or nowhere. [S] -> [S]."""
-        if target_ids is None:
-            return None
-        column = target_ids - self.shard.first  # [S]
-        return torch.where((column >= 0) & (column < self.shard.columns), column, -1)
-
-
-class _LinearDivergence(torch.autograd.Function):
-    """The chunk loops around the sums, the gather and the gradient. Without a teacher `kind` can only be `nll`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        plan: _Plan,
-        student_hidden: torch.Tensor,
-        student_head: torch.Tensor,
-        teacher_hidden: torch.Tensor | None,
-        teacher_head: torch.Tensor | None,
-        target_ids: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        num_rows, device = student_hidden.shape[0], student_hidden.device
-        student, teacher = _projections(plan, student_hidden, student_head, teacher_hidden, teacher_head)
-        column = plan.columns_of(target_ids)  # [S] or None
-        partial = torch.empty(
-            MergedSums.count(teacher is not None), num_rows, dtype=torch.float64, device=device
-        )  # [K, S] this shard
-        for rows in plan.chunks(num_rows, device):
-            partial[:, rows] = partial_sums(
-                student.logits(rows),
-                None if teacher is None else teacher.logits(rows),
-                None if column is None else column[rows],
-                student_scale=plan.student_scale,
-                teacher_scale=plan.teacher_scale,
-            )
-        sums = MergedSums.merge(_all_gather(partial, plan.tp_group))  # each [S] float64
-
-        dtype = student.dtype
-        rows_table = sums.table()  # [5, S] float64
-        if plan.kind == "jsd":
-            pair = torch.empty(2, num_rows, dtype=torch.float64, device=device)  # [2, S] this shard
-            for rows in plan.chunks(num_rows, device):
-                pair[:, rows] = mixture_sums(
-                    student.logits(rows),
-                    teacher.logits(rows),
-                    rows_table[:, rows],
-                    beta=plan.beta,
-                    student_scale=plan.student_scale,
-                    teacher_scale=plan.teacher_scale,
-                )
-            from_student, from_teacher = _all_gather(pair, plan.tp_group).sum(0)  # [S] each
-            rows_table[CENTRE] = from_student
-            loss = plan.beta * from_teacher + (1 - plan.beta) * from_student  # [S]
-        else:
-            loss = {
-                "reverse_kl": sums.reverse_kl,
-                "forward_kl": sums.forward_kl,
-                "nll": -sums.student.logprob,
-            }[plan.kind]  # [S]
-        statistics = torch.stack(sums.statistics()).to(dtype)  # [7, S], or [2, S] without a teacher
-        ctx.plan = plan
-        ctx.save_for_backward(student_hidden, student_head, teacher_hidden, teacher_head, column, rows_table)
-        ctx.mark_non_differentiable(statistics)
-        return loss.to(dtype), statistics
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor, _grad_statistics: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        plan = ctx.plan
-        student_hidden, student_head, teacher_hidden, teacher_head, column, rows_table = ctx.saved_tensors
-        if plan.kind == "nll":
-            teacher_hidden = teacher_head = None
-        _, needs_hidden, needs_head, *_ = ctx.needs_input_grad
-        is_idle = grad_loss == 0  # [S] rows that must leave no trace, whatever they hold
-        rows_table = rows_table.masked_fill(is_idle, 0)  # [5, S]
-        student, teacher = _projections(plan, student_hidden, student_head, teacher_hidden, teacher_head)
-        dtype, columns = student.dtype, plan.shard.columns
-        grad_hidden = student_hidden.new_zeros(student_hidden.shape, dtype=dtype) if needs_hidden else None  # [S, H_s]
-        grad_head = student_head.new_zeros(student_head.shape, dtype=dtype) if needs_head else None  # [V/tp, H_s]
-
-        for rows in plan.chunks(student_hidden.shape[0], student_hidden.device):
-            grad_logits = student.logits(rows, is_idle)  # [C, columns] of the shard
-            logits_gradient(
-                grad_logits,
-                None if teacher is None else teacher.logits(rows, is_idle),
-                rows_table[:, rows],
-                grad_loss[rows].to(dtype) * plan.student_scale,
-                None if column is None else column[rows],
-                kind=plan.kind,
-                beta=plan.beta,
-                student_scale=plan.student_scale,
-                teacher_scale=plan.teacher_scale,
-                out=grad_logits,
-            )
-            grad_logits = student.operand(grad_logits)
-            if needs_hidden:
-                grad_hidden[rows] = _matmul(grad_logits, student.head, dtype)
-            if needs_head:
-                _add_matmul(grad_head[:columns], grad_logits.T, student.rows(rows, is_idle))
-        if needs_hidden and group_size(plan.tp_group) > 1 and grad_hidden.numel():
-            dist.all_reduce(grad_hidden, group=plan.tp_group)
-        return (
-            None,
-            grad_hidden.to(student_hidden.dtype) if needs_hidden else None,
-            grad_head.to(student_head.dtype) if needs_head else None,
-            None,
-            None,
-            None,
+def _run(
+    plan: Plan,
+    models: tuple[torch.Tensor | None, ...],
+    loss_weight: torch.Tensor | None,
+    head_grad: torch.Tensor | None,
+    grad_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """total [] or None, loss [S], statistics."""
+    hidden, head = models[:2]
+    if loss_weight is None:
+        if head_grad is not None or grad_scale is not None:
+            raise ValueError("head_grad and grad_scale belong to loss_weight [S], which was not given")
+        loss, statistics, _ = torch.ops.megatron_tcod.linear_divergence_rows(*models, *plan)
+        return None, loss, statistics
+    if loss_weight.shape != hidden.shape[:1]:
+        raise ValueError(f"loss_weight must be [S] = [{hidden.shape[0]}], got {list(loss_weight.shape)}")
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)):
+        loss, statistics, _ = torch.ops.megatron_tcod.linear_divergence_rows(*models, *plan)
+        return library.weighted_total(loss_weight, loss), loss, statistics
+    if head_grad is None:
+        if grad_scale is not None:
+            raise ValueError("grad_scale scales what is added to head_grad, which was not given")
+        total, loss, statistics, *_ = torch.ops.megatron_tcod.linear_divergence_total(
+            *models, loss_weight, head.requires_grad, *plan
         )
-
-
-@dataclass(frozen=True)
-class _Projection:
-    """One model's hidden states and the real rows of its head shard, ready to make chunks of logits."""
-
-    hidden: torch.Tensor  # [S, H]
-    head: torch.Tensor  # [columns, H]
-    scale: float
-    dtype: torch.dtype
-    """Of the logits: float64 or float32."""
-
-    @classmethod
-    def of(
-        cls, hidden: torch.Tensor, head: torch.Tensor, *, columns: int, scale: float, dtype: torch.dtype
-    ) -> _Projection:
-        head = head[:columns]
-        if not (hidden.dtype == head.dtype and _has_wide_product(head, dtype)):
-            head = head.to(dtype)
-        return cls(hidden, head, scale, dtype)
-
-    def operand(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows in the type that the head is multiplied in."""
-        return rows.to(self.head.dtype)
-
-    def rows(self, rows: slice, is_idle: torch.Tensor | None = None) -> torch.Tensor:
-        """[C, H]; idle rows as zeros, so that nothing in them can spread."""
-        hidden = self.operand(self.hidden[rows])
-        return hidden if is_idle is None else hidden.masked_fill(is_idle[rows, None], 0)
-
-    def logits(self, rows: slice, is_idle: torch.Tensor | None = None) -> torch.Tensor:
-        """[C, columns] of this shard."""
-        return _matmul(self.rows(rows, is_idle), self.head.T, self.dtype)
-
-
-def _projections(
-    plan: _Plan,
-    student_hidden: torch.Tensor,
-    student_head: torch.Tensor,
-    teacher_hidden: torch.Tensor | None,
-    teacher_head: torch.Tensor | None,
-) -> tuple[_Projection, _Projection | None]:
-    is_double = torch.float64 in (student_hidden.dtype, student_head.dtype)
-    settings = {"columns": plan.shard.columns, "dtype": torch.float64 if is_double else torch.float32}
-    student = _Projection.of(student_hidden, student_head, scale=plan.student_scale, **settings)
-    if teacher_hidden is None:
-        return student, None
-    return student, _Projection.of(teacher_hidden, teacher_head, scale=plan.teacher_scale, **settings)
-
-
-def _has_wide_product(operand: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether the device multiplies this half-precision type into fp32 directly."""
-    return operand.is_cuda and operand.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
-
-
-def _matmul(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Product of two operands of one type, as `dtype`."""
-    if _has_wide_product(left, dtype):
-        return torch.mm(left, right, out_dtype=dtype)
-    return torch.mm(left, right)
-
-
-def _add_matmul(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right, in the type of `total`."""
-    if _has_wide_product(left, total.dtype):
-        total += torch.mm(left, right, out_dtype=total.dtype)
-    else:
-        total.addmm_(left, right)
-
-
-def _all_gather(partial: torch.Tensor, tp_group: dist.ProcessGroup | None) -> torch.Tensor:
-    """[K, S] of each rank -> [tp, K, S] in rank order."""
-    size = group_size(tp_group)
-    if size == 1 or not partial.numel():  # S is the same on each rank, so all skip together
-        return partial.expand(size, *partial.shape)
-    gathered = partial.new_empty(size * partial.shape[0], partial.shape[1])  # gloo wants one dimension to grow
-    dist.all_gather_into_tensor(gathered, partial, group=tp_group)
-    return gathered.view(size, *partial.shape)
-
-
-def _shard_of(
-    head: torch.Tensor, vocab_size: int, tp_group: dist.ProcessGroup | None, other_head: torch.Tensor | None = None
-) -> VocabShard:
-    rows = head.shape[0] if other_head is None else min(head.shape[0], other_head.shape[0])
-    if not 0 < vocab_size <= rows * group_size(tp_group):
+        return total, loss, statistics
+    if head_grad.shape != head.shape or head_grad.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"vocab_size {vocab_size} is outside [1, {rows * group_size(tp_group)}], the rows of the head over all "
-            f"{group_size(tp_group)} shards; it counts the tokenizer's real tokens, without padding"
+            f"head_grad must be fp32 {list(head.shape)} like the head shard, got {head_grad.dtype} {list(head_grad.shape)}"
         )
-    return VocabShard.of(vocab_size, head.shape[0], group_rank(tp_group))
+    return library.accumulated_total(*models, loss_weight, grad_scale, head_grad, *plan)
+
+
+def _plan(
+    head_rows: int, tp_group: dist.ProcessGroup | None, backend: str, *, vocab_size: int, **settings: float | str | bool
+) -> Plan:
+    size = group_size(tp_group)
+    if not 0 < vocab_size <= head_rows * size:
+        raise ValueError(
+            f"vocab_size {vocab_size} is outside [1, {head_rows * size}], the rows of the head over all {size} shards; "
+            f"it counts the tokenizer's real tokens, without padding"
+        )
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"divergence_backend {backend!r} is unknown; it must be auto or one of {', '.join(BACKENDS)}")
+    for name in ("student_temperature", "teacher_temperature"):
+        if not settings[name] > 0:
+            raise ValueError(
+                f"{name} must be positive, got {settings[name]}; greedy decoding has no distribution to match"
+            )
+    group = tp_group.group_name if size > 1 else ""
+    return Plan(vocab_size=vocab_size, backend=backend, group=group, **settings)
 
 
 def _check_rows(
@@ -427,9 +280,3 @@ def _check_rows(
         raise ValueError(
             f"target_ids must be [S] = [{hidden.shape[0]}] like the {side} rows, got {list(target_ids.shape)}"
         )
-
-
-def _inverse(name: str, temperature: float) -> float:
-    if not temperature > 0:
-        raise ValueError(f"{name} must be positive, got {temperature}; greedy decoding has no distribution to match")
-    return 1.0 / temperature

@@ -1,13 +1,17 @@
 """The chunked op on one process against `ops/reference.py` in float64 from float64 operands."""
 
+import itertools
 import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import ProfilerActivity, profile
 
-from megatron_tcod.ops import reference
+from megatron_tcod.ops import backends, reference
 from megatron_tcod.ops.divergence import KINDS, align_head, linear_divergence, linear_logprob
+
+NATIVE = [name for name in backends.BACKENDS if name != "torch" and "cpu" in backends.DEVICES[name]]
+"""Backends that run here beside the plain one."""
 
 
 def _operands(
@@ -61,8 +65,13 @@ def _ordinary(kind, operands, weight, *, dtype, **settings):
     return loss.detach(), hidden.grad, head.grad
 
 
-def _chunked(kind, operands, weight, *, vocab_size, temperatures=(1.0, 1.0), **settings):
+def _chunked(kind, operands, weight, *, vocab_size, temperatures=(1.0, 1.0), mode="rows", **settings):
+    """The op's result and both gradients. `mode`: a differentiable row loss, a total, or a total with head_grad."""
     hidden, head = (operands[f"student_{name}"].clone().requires_grad_() for name in ("hidden", "head"))
+    if mode != "rows":
+        settings["loss_weight"] = weight
+    if mode == "head_grad":
+        settings["head_grad"] = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32))
     out = linear_divergence(
         hidden,
         head,
@@ -75,8 +84,14 @@ def _chunked(kind, operands, weight, *, vocab_size, temperatures=(1.0, 1.0), **s
         teacher_temperature=temperatures[1],
         **settings,
     )
-    (out.loss * weight.to(out.loss.dtype)).sum().backward()
-    return out, hidden.grad, head.grad
+    if mode == "rows":
+        (out.loss * weight.to(out.loss.dtype)).sum().backward()
+        return out, hidden.grad, head.grad
+    out.total.backward()
+    return out, hidden.grad, settings.get("head_grad", head.grad)
+
+
+MODES = ("rows", "total", "head_grad")
 
 
 def _error(value: torch.Tensor, truth: torch.Tensor) -> float:
@@ -84,26 +99,30 @@ def _error(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows, vocab, chunk_size", [(1, 507, None), (37, 507, 10), (6, 32000, 4)])
-def test_float64_equals_the_reference(kind: str, rows: int, vocab: int, chunk_size: int | None):
+def test_float64_equals_the_reference(kind: str, mode: str, rows: int, vocab: int, chunk_size: int | None):
     operands = _operands(rows, vocab, dtype=torch.float64)
     weight = torch.linspace(0.2, 1.0, rows, dtype=torch.float64)
     for beta, temperatures in [(0.1, (0.5, 1.0)), (0.5, (1.0, 1.0)), (0.9, (2.0, 0.5))]:
         settings = {"beta": beta, "temperatures": temperatures, "vocab_size": vocab}
         truth = _ordinary(kind, operands, weight, dtype=torch.float64, **settings)
-        out, *grads = _chunked(kind, operands, weight, chunk_size=chunk_size, **settings)
+        out, *grads = _chunked(kind, operands, weight, chunk_size=chunk_size, mode=mode, **settings)
         assert out.loss.dtype == torch.float64
         for value, expected in zip((out.loss.detach(), *grads), truth, strict=True):
             assert _error(value, expected) < 1e-12
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", ["torch", *NATIVE])
 @pytest.mark.parametrize("gap", [None, 0.3, 0.02], ids=["far", "near", "converged"])
-def test_fp32_error_is_no_larger_than_that_of_an_ordinary_fp32_computation(kind: str, gap: float | None):
+def test_fp32_error_is_no_larger_than_that_of_an_ordinary_fp32_computation(kind, mode, backend, gap):
     operands, weight = _operands(64, 2003, std=4.0, gap=gap), torch.linspace(0.2, 1.0, 64)
     truth = _ordinary(kind, operands, weight, dtype=torch.float64)
     ordinary = _ordinary(kind, operands, weight, dtype=torch.float32)
-    out, *grads = _chunked(kind, operands, weight, vocab_size=2003, chunk_size=20)
+    settings = {"mode": mode, "backend": backend}
+    out, *grads = _chunked(kind, operands, weight, vocab_size=2003, chunk_size=20, **settings)
     for value, usual, expected in zip((out.loss.detach(), *grads), ordinary, truth, strict=True):
         assert _error(value, expected) <= max(1.1 * _error(usual, expected), 4 * torch.finfo(torch.float32).eps)
 
@@ -250,15 +269,20 @@ def test_minus_infinity_is_dropped_without_weight_and_surfaces_with_it():
 
 @pytest.mark.parametrize("side", ["student_hidden", "teacher_hidden"])
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
-def test_nan_surfaces_in_its_row_and_an_idle_row_leaves_no_trace(kind: str, side: str):
-    operands = _operands(6, 507)
-    clean, clean_hidden, clean_head = _chunked(kind, operands, torch.tensor([1.0, 1, 0, 1, 1, 1]), vocab_size=507)
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_surfaces_in_its_row_and_an_idle_row_leaves_no_trace(mode: str, kind: str, side: str):
+    operands, weight = _operands(6, 507), torch.tensor([1.0, 1, 0, 1, 1, 1])
+    clean, *clean_grads = _chunked(kind, operands, weight, vocab_size=507, mode=mode)
     operands[side][2, 5] = torch.nan
-    out, hidden_grad, head_grad = _chunked(kind, operands, torch.tensor([1.0, 1, 0, 1, 1, 1]), vocab_size=507)
-    assert out.loss.isnan().tolist() == [False, False, True, False, False, False]
-    assert torch.equal(hidden_grad, clean_hidden) and torch.equal(head_grad, clean_head)
+    out, hidden_grad, head_grad = _chunked(kind, operands, weight, vocab_size=507, mode=mode)
+    assert torch.equal(hidden_grad, clean_grads[0]) and torch.equal(head_grad, clean_grads[1])
     assert torch.equal(hidden_grad[2], torch.zeros(24))
-    _, hidden_grad, head_grad = _chunked(kind, operands, torch.ones(6), vocab_size=507)
+    if mode == "rows":
+        assert out.loss.isnan().tolist() == [False, False, True, False, False, False]
+    else:
+        assert torch.equal(out.loss, clean.loss) and out.loss[2] == 0 and torch.equal(out.total, clean.total)
+    out, hidden_grad, head_grad = _chunked(kind, operands, torch.ones(6), vocab_size=507, mode=mode)
+    assert out.loss.isnan().tolist() == [False, False, True, False, False, False]
     assert hidden_grad[2].isnan().all() and head_grad.isnan().all()
 
 
@@ -302,28 +326,36 @@ def test_frozen_head_or_hidden_states_get_no_gradient():
     assert out.student_logprob is None and out.teacher_logprob is None
 
 
-class _LargestBirth(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
+def _peak_bytes(run) -> int:
+    """Most bytes that lived at once during run(), beyond those that lived before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    changes = [event.nbytes() for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_of_all_rows_are_never_born(kind: str):
-    rows, vocab, chunk_size = 400, 3001, 64
-    operands = _operands(rows, vocab)
-    with _LargestBirth() as birth:
-        _chunked(kind, operands, torch.ones(rows), vocab_size=vocab, chunk_size=chunk_size)
-    assert chunk_size * vocab * 0.9 < birth.elements <= chunk_size * vocab < rows * vocab
+@pytest.mark.parametrize("backend", ["torch", *NATIVE])
+@pytest.mark.parametrize("with_weight", [True, False], ids=["total", "rows"])
+def test_peak_memory_is_the_gradients_and_one_chunk_of_logits(backend: str, with_weight: bool):
+    vocab, chunk_size = 8001, 64
+    chunk = 4 * chunk_size * vocab
+    temporaries = 14 if backend == "torch" else 2  # chunks of logits at a time: plain torch is not fused
+    for rows in (256, 1024):
+        operands, weight = _operands(rows, vocab), torch.ones(rows)
+        inputs = {name: tensor.requires_grad_(name.startswith("student")) for name, tensor in operands.items()
+                  if name != "target_ids"}  # fmt: skip
+        gradients = 4 * (rows * 24 + vocab * 24)
+
+        def run():
+            out = linear_divergence(  # noqa: B023
+                **inputs, kind="reverse_kl", vocab_size=vocab, chunk_size=chunk_size, backend=backend,  # noqa: B023
+                loss_weight=weight if with_weight else None,  # noqa: B023
+            )  # fmt: skip
+            (out.total if with_weight else (out.loss * weight).sum()).backward()  # noqa: B023
+
+        peak = _peak_bytes(run)
+        assert chunk < peak < 2 * gradients + temporaries * chunk + 1000 * rows, (peak / chunk, rows)
+        assert rows < 1024 or peak < 4 * rows * vocab  # less than one tensor of all logits
 
 
 def test_result_does_not_depend_on_chunks():
