@@ -129,7 +129,8 @@ def _moved(
     other_total: torch.Tensor,
 ) -> torch.Tensor:
     """Shards' excess at the common maxima, [tp, S] each -> [S]. Without own mass it is the other side's mass."""
-    gained = torch.where(shift.abs() < 1, scale * torch.expm1(-shift), other_scale - scale)  # [tp, S]
+    is_close = (shift.abs() < 1) & (scale > 0)  # a shard without own mass has no shift to speak of
+    gained = torch.where(is_close, scale * torch.expm1(-shift), other_scale - scale)  # [tp, S]
     moved = unless_zero(scale, excess + total * shift) + other_total * gained
     return torch.where((scale == 0) | (shift != 0), moved, scale * excess).sum(0)
 
