@@ -191,9 +191,13 @@ def train_tasks(
 
 
 def objective_of(settings: ObjectiveConfig, *, temperature: float, vocab_size: int) -> Callable[..., Any]:
-    chosen: dict[str, Any] = {"vocab_size": vocab_size}
+    chosen: dict[str, Any] = {"vocab_size": vocab_size, "backend": settings.divergence_backend}
     if settings.objective != "sft":
-        chosen |= {"student_temperature": temperature, "teacher_temperature": settings.teacher_temperature}
+        chosen |= {
+            "student_temperature": temperature,
+            "teacher_temperature": settings.teacher_temperature,
+            "is_packed": settings.divergence_packed,
+        }
     if settings.objective == "jsd":
         chosen["beta"] = settings.beta
     if settings.objective == "sampled_token":

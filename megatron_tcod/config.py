@@ -145,6 +145,10 @@ class ObjectiveConfig:
     """Divides the teacher's logits. The student's are divided by rollout_temperature."""
     loss_aggregation: Literal["token_mean", "turn_mean", "sequence_mean", "sequence_sum"] = "token_mean"
     """How per-token losses become one number; see packing.py."""
+    divergence_backend: Literal["auto", "cuda", "triton", "cpp", "torch"] = "auto"
+    """Who computes on chunks of logits; auto takes the fastest that runs here and logs it. See ops/backends.py."""
+    divergence_packed: bool = False
+    """Keep a chunk's logits between their two reads as fp16 (s, s - t): half the memory, statistics still from fp32."""
 
 
 @validated(frozen=True, kw_only=True, config=STRICT)

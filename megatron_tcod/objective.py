@@ -2,14 +2,17 @@
 
     objective = make_objective("reverse_kl", vocab_size=tokenizer_size, student_temperature=1.0)
     losses = objective(student_hidden, student_head, target, microbatch, tp_group=tp_group)
-    loss = (microbatch.loss_weight * losses.loss).sum()
+    losses.total.backward()                                   # total = sum(microbatch.loss_weight * losses.loss)
 
 `reverse_kl`, `forward_kl` and `jsd` compare whole vocabularies (Eq. 2 of arXiv 2604.24005 is a sum of these);
 `sampled_token` is what the released TCOD code does, a policy gradient whose advantage is the teacher's log-ratio at the
 sampled token; `sft` imitates the tokens and asks no teacher. The student's distribution is always the one it was
 sampled from, so `student_temperature` is the rollout's and `Microbatch.old_logprobs` are of the scaled distribution.
 
-Not here: weights and normalisation (`loss_weight`, applied by the trainer), reductions of the statistics, Megatron.
+The rows' weights are known before the loss, so the gradient is made together with it (`ops/divergence.py`); a caller that
+keeps the head's gradient in a tensor of its own, as Megatron does, passes that as `head_grad`.
+
+Not here: normalisation (`loss_weight` carries it), reductions of the statistics, Megatron.
 """
 
 from __future__ import annotations
@@ -28,12 +31,13 @@ from megatron_tcod.trajectory import Microbatch, TeacherTarget
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLosses:
-    """One loss and some statistics a trained token, all [S].
+    """One loss and some statistics a trained token, all [S], and what is differentiated.
 
-    Example: `TokenLosses(loss=loss, stats={"reverse_kl": kl, "student_entropy": entropy})`
+    Example: `TokenLosses(loss=loss, total=total, stats={"reverse_kl": kl, "student_entropy": entropy})`
     """
 
-    loss: torch.Tensor  # [S] nats, differentiable in the student's hidden states and head
+    loss: torch.Tensor  # [S] nats, detached
+    total: torch.Tensor  # [] sum(loss_weight * loss), differentiable in the student's hidden states and head
     stats: dict[str, torch.Tensor]  # [S] each, detached
 
 
@@ -50,8 +54,11 @@ class Objective(Protocol):
         microbatch: Microbatch,
         *,
         tp_group: dist.ProcessGroup | None,
+        head_grad: torch.Tensor | None = None,
     ) -> TokenLosses:
         """student_hidden [S, H_s], equal on the ranks of `tp_group`; student_head [V/tp, H_s]. Collective over it.
+
+        With `head_grad` [V/tp, H_s] fp32 the head's gradient is added there, during this call, instead of to its `.grad`.
 
         Raises ValueError when the teacher's target is missing or rows do not match the microbatch's positions.
         """
@@ -66,6 +73,8 @@ class _Settings:
     """Divides the student's logits; the temperature that the rollouts were sampled at."""
     chunk_size: int | None = None
     """Trained positions projected to the vocabulary at a time; None chooses by memory."""
+    backend: str = "auto"
+    """Who computes on logits: `auto` or one of `ops/backends.BACKENDS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +83,8 @@ class _TeacherSettings(_Settings):
 
     teacher_temperature: float = 1.0
     """Divides the teacher's logits."""
+    is_packed: bool = False
+    """Keep a chunk's logits between their two reads as fp16 (s, s - t): half the memory, statistics still from fp32."""
 
     def _compare(
         self,
@@ -84,6 +95,7 @@ class _TeacherSettings(_Settings):
         microbatch: Microbatch,
         *,
         tp_group: dist.ProcessGroup | None,
+        head_grad: torch.Tensor | None = None,
         beta: float = 0.5,
     ) -> TokenDivergence:
         if target is None:
@@ -102,8 +114,12 @@ class _TeacherSettings(_Settings):
             student_temperature=self.student_temperature,
             teacher_temperature=self.teacher_temperature,
             target_ids=microbatch.target_ids,
+            loss_weight=microbatch.loss_weight,
+            head_grad=head_grad,
             tp_group=tp_group,
             chunk_size=self.chunk_size,
+            is_packed=self.is_packed,
+            backend=self.backend,
         )
 
 
@@ -111,18 +127,22 @@ class _TeacherSettings(_Settings):
 class ReverseKL(_TeacherSettings):
     """KL(student || teacher) over the whole vocabulary."""
 
-    def __call__(self, student_hidden, student_head, target, microbatch, *, tp_group) -> TokenLosses:
-        read = self._compare("reverse_kl", student_hidden, student_head, target, microbatch, tp_group=tp_group)
-        return TokenLosses(loss=read.loss, stats=_statistics(read))
+    def __call__(self, student_hidden, student_head, target, microbatch, *, tp_group, head_grad=None) -> TokenLosses:
+        read = self._compare(
+            "reverse_kl", student_hidden, student_head, target, microbatch, tp_group=tp_group, head_grad=head_grad
+        )
+        return TokenLosses(loss=read.loss, total=read.total, stats=_statistics(read))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardKL(_TeacherSettings):
     """KL(teacher || student) over the whole vocabulary, the direction in which Eq. 2 is written."""
 
-    def __call__(self, student_hidden, student_head, target, microbatch, *, tp_group) -> TokenLosses:
-        read = self._compare("forward_kl", student_hidden, student_head, target, microbatch, tp_group=tp_group)
-        return TokenLosses(loss=read.loss, stats=_statistics(read))
+    def __call__(self, student_hidden, student_head, target, microbatch, *, tp_group, head_grad=None) -> TokenLosses:
+        read = self._compare(
+            "forward_kl", student_hidden, student_head, target, microbatch, tp_group=tp_group, head_grad=head_grad
+        )
+        return TokenLosses(loss=read.loss, total=read.total, stats=_statistics(read))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +156,11 @@ class JSD(_TeacherSettings):
         if not 0 < self.beta < 1:
             raise ValueError(f"beta must lie strictly between 0 and 1, got {self.beta}; use forward_kl or reverse_kl")
 
-    def __call__(self, student_hidden, student_head, target, microbatch, *, tp_group) -> TokenLosses:
-        read = self._compare("jsd", student_hidden, student_head, target, microbatch, tp_group=tp_group, beta=self.beta)
-        return TokenLosses(loss=read.loss, stats=_statistics(read))
+    def __call__(self, student_hidden, student_head, target, microbatch, *, tp_group, head_grad=None) -> TokenLosses:
+        read = self._compare(
+            "jsd", student_hidden, student_head, target, microbatch, tp_group=tp_group, head_grad=head_grad, beta=self.beta
+        )
+        return TokenLosses(loss=read.loss, total=read.total, stats=_statistics(read))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,19 +194,46 @@ class SampledToken(_TeacherSettings):
                 f"eps_clip_c {self.eps_clip_c} must exceed 1 + eps_clip_high = {1 + self.eps_clip_high}; 3.0 is usual"
             )
 
-    def __call__(self, student_hidden, student_head, target, microbatch, *, tp_group) -> TokenLosses:
-        read = self._compare("nll", student_hidden, student_head, target, microbatch, tp_group=tp_group)
-        old_logprobs = microbatch.old_logprobs.to(read.loss.dtype)  # [S]
-        advantage = self.kl_coef * (read.teacher_logprob - old_logprobs)  # [S]
-        log_ratio = (-read.loss - old_logprobs).clamp(-self.max_log_ratio, self.max_log_ratio)  # [S]
+    def __call__(self, student_hidden, student_head, target, microbatch, *, tp_group, head_grad=None) -> TokenLosses:
+        with torch.no_grad():
+            read = self._compare("nll", student_hidden, student_head, target, microbatch, tp_group=tp_group)
+        with torch.enable_grad():
+            logprob = read.student_logprob.detach().requires_grad_()  # [S]
+            loss, stats = self._clipped(logprob, read.teacher_logprob, microbatch.old_logprobs.to(logprob.dtype))
+        stats = _statistics(read) | stats
+        loss_weight = microbatch.loss_weight.to(loss.device, loss.dtype)  # [S]
+        total = torch.dot(loss_weight, loss.detach())
+        if torch.is_grad_enabled():
+            # The loss depends on the log-probability alone, so its slope is the weight of a negative log-likelihood.
+            (slope,) = torch.autograd.grad(loss.sum(), logprob)  # [S]
+            nll = linear_logprob(
+                student_hidden,
+                student_head,
+                microbatch.target_ids,
+                vocab_size=self.vocab_size,
+                temperature=self.student_temperature,
+                loss_weight=-slope * loss_weight,
+                head_grad=head_grad,
+                tp_group=tp_group,
+                chunk_size=self.chunk_size,
+                backend=self.backend,
+            ).total
+            total = nll + (total - nll).detach()
+        return TokenLosses(loss=loss.detach(), total=total, stats=stats)
+
+    def _clipped(
+        self, logprob: torch.Tensor, teacher_logprob: torch.Tensor, old_logprobs: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss [S], differentiable in the student's logprob [S], and its own statistics."""
+        advantage = self.kl_coef * (teacher_logprob - old_logprobs)  # [S]
+        log_ratio = (logprob - old_logprobs).clamp(-self.max_log_ratio, self.max_log_ratio)  # [S]
         ratio = log_ratio.exp()  # [S]
         pushed = -advantage * ratio  # [S]
         limited = -advantage * ratio.clamp(1 - self.eps_clip, 1 + self.eps_clip_high)  # [S]
         ceiling = torch.where(advantage < 0, -advantage * self.eps_clip_c, torch.inf)  # [S]
         loss = torch.minimum(torch.maximum(pushed, limited), ceiling)  # [S]
         is_clipped = (limited > pushed) | (pushed > ceiling)  # [S] no gradient reaches the student
-        stats = _statistics(read) | {"ratio": ratio.detach(), "clip_fraction": is_clipped.to(ratio.dtype)}
-        return TokenLosses(loss=loss, stats=stats)
+        return loss, {"ratio": ratio.detach(), "clip_fraction": is_clipped.to(ratio.dtype)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +242,7 @@ class SFT(_Settings):
 
     needs_teacher: ClassVar[bool] = False
 
-    def __call__(self, student_hidden, student_head, target, microbatch, *, tp_group) -> TokenLosses:
+    def __call__(self, student_hidden, student_head, target, microbatch, *, tp_group, head_grad=None) -> TokenLosses:
         _check_positions(student_hidden, microbatch)
         read = linear_logprob(
             student_hidden,
@@ -201,11 +250,16 @@ class SFT(_Settings):
             microbatch.target_ids,
             vocab_size=self.vocab_size,
             temperature=self.student_temperature,
+            loss_weight=microbatch.loss_weight,
+            head_grad=head_grad,
             tp_group=tp_group,
             chunk_size=self.chunk_size,
+            backend=self.backend,
         )
-        stats = {"student_logprob": read.logprob.detach(), "student_entropy": read.entropy}
-        return TokenLosses(loss=-read.logprob, stats=stats)
+        logprob = read.logprob.detach()  # [S]
+        return TokenLosses(
+            loss=-logprob, total=read.total, stats={"student_logprob": logprob, "student_entropy": read.entropy}
+        )
 
 
 OBJECTIVES: dict[str, type[Objective]] = {

@@ -12,6 +12,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+import torch
+
 from megatron_tcod.assembly import curriculum_of, layout_of, load_demonstrations, needs_file, tokenizer_of, train_tasks
 from megatron_tcod.config import Config
 from megatron_tcod.envs import check_env_options, load_env
@@ -20,6 +22,7 @@ from megatron_tcod.model.families.family import Family
 from megatron_tcod.model.mapping import check_tensors, read_hf_config
 from megatron_tcod.model.parallel import ParallelLayout, check_world_size
 from megatron_tcod.model.weight_files import WeightFiles
+from megatron_tcod.ops import backends
 from megatron_tcod.rollout.chat import TurnTokenizer, check_same_tokenizer
 
 
@@ -62,6 +65,9 @@ def preflight(config: Config, *, world_size: int | None) -> list[str]:
     lines.append(f"curriculum {config.curriculum.curriculum}: k {depths[0]} -> {depths[1]}")
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     lines.append(f"layout: tp {tp}, pp {pp}, dp {'as launched' if dp is None else dp}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backend = backends.choose(config.objective.divergence_backend, device=device, dtype=torch.float32)
+    lines.append(f"divergence: {backend.name} on {device}")
     return lines
 
 

@@ -78,7 +78,8 @@ def test_loss_and_gradient_equal_the_reference_under_temperatures_and_padding(na
     losses = objective(hidden, head, target if objective.needs_teacher else None, microbatch, tp_group=None)
     expected = _expected(name, hidden, head, target, microbatch)
     torch.testing.assert_close(losses.loss, expected, rtol=1e-12, atol=1e-12)
-    grads = torch.autograd.grad((microbatch.loss_weight * losses.loss).sum(), (hidden, head))
+    torch.testing.assert_close(losses.total, (microbatch.loss_weight * expected).sum())
+    grads = torch.autograd.grad(losses.total, (hidden, head))
     truth = torch.autograd.grad((microbatch.loss_weight * expected).sum(), (hidden, head))
     for grad, exact in zip(grads, truth, strict=True):
         torch.testing.assert_close(grad, exact, rtol=1e-10, atol=1e-12)
@@ -111,13 +112,14 @@ def _sampled(ratio: float, advantage: float, **settings) -> tuple[float, float, 
     token = microbatch.target_ids[0]
     logprob = reference.logprob(hidden @ head.T, microbatch.target_ids, vocab_size=VOCAB)[0]
     microbatch = _microbatch(1, old_logprobs=(logprob - math.log(ratio)).detach()[None])
+    microbatch.loss_weight = torch.ones(1)
     wanted = microbatch.old_logprobs[0] + advantage  # the teacher's log-probability of the token
     rest = torch.log((1 - wanted.exp()) / (VOCAB - 1))
     logits = torch.where(torch.arange(VOCAB) == token, wanted, rest)
     target = TeacherTarget(hidden=torch.ones(1, 1, dtype=torch.float64), head=logits[:, None])
     objective = make_objective("sampled_token", vocab_size=VOCAB, **settings)
     losses = objective(hidden, head, target, microbatch, tp_group=None)
-    grad = torch.autograd.grad(losses.loss.sum(), hidden, retain_graph=True)[0]
+    grad = torch.autograd.grad(losses.total, hidden, retain_graph=True)[0]
     unit = torch.autograd.grad(logprob, hidden)[0]
     stats = {key: value.item() for key, value in losses.stats.items()}
     return losses.loss.item(), ((grad * unit).sum() / unit.square().sum()).item(), stats
@@ -164,25 +166,54 @@ def test_sampled_token_gradient_is_that_of_reverse_kl_in_expectation():
     hidden, head, target = (x if isinstance(x, TeacherTarget) else x.detach() for x in _models(1))
     everything = {"vocab_size": VOCAB}
     row = hidden.clone().requires_grad_()
+    one = _microbatch(1)
+    one.loss_weight = torch.ones(1)
     exact = torch.autograd.grad(
-        make_objective("reverse_kl", **everything)(row, head, target, _microbatch(1), tp_group=None).loss.sum(), row
+        make_objective("reverse_kl", **everything)(row, head, target, one, tp_group=None).total, row
     )[0]
     rows = hidden.expand(VOCAB, -1).clone().requires_grad_()
     log_p = reference.log_softmax(hidden @ head.T, vocab_size=VOCAB)[0]  # [V]
     microbatch = _microbatch(VOCAB, old_logprobs=log_p)
     microbatch.target_ids = torch.arange(VOCAB)
+    microbatch.loss_weight = log_p.exp()
     every = TeacherTarget(hidden=target.hidden.expand(VOCAB, -1), head=target.head)
-    loss = make_objective("sampled_token", **everything)(rows, head, every, microbatch, tp_group=None).loss
-    expected = torch.autograd.grad((log_p.exp() * loss).sum(), rows)[0].sum(0, keepdim=True)
+    total = make_objective("sampled_token", **everything)(rows, head, every, microbatch, tp_group=None).total
+    expected = torch.autograd.grad(total, rows)[0].sum(0, keepdim=True)
     torch.testing.assert_close(expected, exact, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_head_grad_takes_the_gradient_of_the_head(name: str):
+    hidden, head, target = _models(9)
+    logprob = -_expected("sft", hidden, head, target, _microbatch(9)).detach()  # fresh tokens are not clipped
+    microbatch = _microbatch(9, old_logprobs=logprob)
+    losses = _make(name)(hidden, head, target, microbatch, tp_group=None)
+    hidden_grad, grad = torch.autograd.grad(losses.total, (hidden, head))
+    head_grad = torch.zeros_like(head)
+    losses = _make(name)(hidden, head, target, microbatch, tp_group=None, head_grad=head_grad)
+    found = torch.autograd.grad(losses.total, (hidden, head), allow_unused=True)
+    assert grad.norm() > 0 and found[1] is None
+    torch.testing.assert_close(head_grad, grad)
+    torch.testing.assert_close(found[0], hidden_grad)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_measuring_gives_the_values_of_training_without_a_gradient(name: str):
+    hidden, head, target = _models(9)
+    trained = _make(name)(hidden, head, target, _microbatch(9), tp_group=None)
+    with torch.no_grad():
+        measured = _make(name)(hidden, head, target, _microbatch(9), tp_group=None)
+    assert not measured.total.requires_grad
+    for found, expected in ((measured.loss, trained.loss), (measured.total, trained.total.detach())):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_no_trained_position_gives_an_empty_loss_that_still_backpropagates(name: str):
     hidden, head, target = _models(0)
     losses = _make(name)(hidden, head, target, _microbatch(0), tp_group=None)
-    losses.loss.sum().backward()
-    assert losses.loss.shape == (0,) and torch.equal(head.grad, torch.zeros_like(head))
+    losses.total.backward()
+    assert losses.loss.shape == (0,) and losses.total == 0 and torch.equal(head.grad, torch.zeros_like(head))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

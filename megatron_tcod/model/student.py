@@ -187,10 +187,16 @@ class Student:
 
         def on_hidden(index: int, hidden: Tensor) -> Tensor:
             assert head is not None
-            microbatch = microbatches[index]
-            losses = objective(hidden, head, targets[index], microbatch, tp_group=parallel.tp_group())
-            per_token[index] = {"loss": losses.loss.detach(), **losses.stats}
-            return torch.dot(microbatch.loss_weight.to(losses.loss.dtype), losses.loss)
+            losses = objective(
+                hidden,
+                head if forward_only else _HeadWithMainGrad.apply(head),
+                targets[index],
+                microbatches[index],
+                tp_group=parallel.tp_group(),
+                head_grad=None if forward_only else head.main_grad,
+            )
+            per_token[index] = {"loss": losses.loss, **losses.stats}
+            return losses.total
 
         run_schedule(self.chunks, self.layout, microbatches, on_hidden, forward_only=forward_only)
         return _share_per_token(microbatches, per_token)
@@ -207,6 +213,28 @@ class Student:
             gradients = [p.grad for p in self.optimizer.get_parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, clip / (grad_norm + 1e-6))
         return grad_norm, is_finite
+
+
+class _HeadWithMainGrad(torch.autograd.Function):
+    """The output head for an objective that adds the head's gradient to `main_grad` itself.
+
+    Megatron's protocol for that (its LinearWithGradAccumulationAndAsyncCommunication): hand a gradient on all the same, so
+    that DistributedDataParallel learns that the parameter is ready, and mark it as one not to be added. A weight that is
+    the embedding too gets its other part by that way, so there the gradient must be zero (`zero_out_wgrad`).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, head: torch.nn.Parameter) -> Tensor:
+        ctx.head = head
+        ctx.set_materialize_grads(False)
+        return head.view_as(head)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor:  # type: ignore[override]
+        if grad is not None:  # an objective without use for head_grad
+            return grad
+        ctx.head.grad_added_to_main_grad = True
+        return torch.zeros_like(ctx.head) if getattr(ctx.head, "zero_out_wgrad", False) else torch.empty_like(ctx.head)
 
 
 def _reduce_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None, **groups: Any) -> None:

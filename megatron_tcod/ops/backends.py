@@ -126,7 +126,7 @@ def choose(name: str, *, device: str, dtype: torch.dtype) -> Backend:
     return importlib.import_module(BACKENDS[name])
 
 
-DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpp": (), "torch": ("cpu", "cuda")}
+DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpp": ("cpu",), "torch": ("cpu", "cuda")}
 
 
 def _refusal(name: str, device: str, dtype: torch.dtype) -> str | None:

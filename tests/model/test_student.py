@@ -129,13 +129,14 @@ class _Poisoned:
     def __init__(self, poison):
         self.poison = poison
 
-    def __call__(self, student_hidden, student_head, target, microbatch, *, tp_group):
+    def __call__(self, student_hidden, student_head, target, microbatch, *, tp_group, head_grad):
         loss = student_hidden.sum(-1)
         if self.poison == "loss":
             loss = loss + torch.zeros_like(loss).index_fill(0, torch.tensor([1]), float("nan"))
         else:  # the square root's gradient at 0 is infinite, its value is not
             loss = loss + (student_hidden[:, 0] * 0.0).sqrt()
-        return TokenLosses(loss=loss, stats={})
+        total = torch.dot(microbatch.loss_weight, loss)
+        return TokenLosses(loss=loss.detach(), total=total, stats={})
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
