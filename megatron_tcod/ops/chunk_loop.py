@@ -4,6 +4,9 @@
     grad_hidden = rows_gradient(plan, ..., rows_table, grad_loss, grad_head)         # makes the logits again
     loss, statistics, grad_hidden = weighted_rows(plan, ..., loss_weight, grad_head) # both in one go
 
+    loss, statistics, rows_table = read_logits(plan, student_logits, teacher_logits, ids)   # logits that exist already
+    logits_gradient(plan, student_logits, teacher_logits, ids, rows_table, grad_loss, out)
+
 `weighted_rows` knows what a row's loss will be multiplied with, so a chunk's logits become their gradient and then both
 products while they are there: one projection of each model, where the two-step form makes two. Each chunk's sums travel
 by one all-gather. Under tensor parallelism the products of the next chunk are launched while they travel, so two chunks
@@ -47,7 +50,7 @@ class Plan(NamedTuple):
     chunk_size: int
     """Rows; 0 takes what CHUNK_BYTES allows."""
     is_packed: bool
-    """Keep a chunk between its two reads as fp16 (s, s - t) instead of fp32 (s, t)."""
+    """`weighted_rows`: keep a chunk between its two reads as fp16 (s, s - t) instead of fp32 (s, t)."""
     backend: str
     group: str
     """Name of the tensor-parallel process group; empty for one process."""
@@ -69,19 +72,46 @@ def read_rows(
 
     One gather after the last chunk (two for `jsd`, which projects twice).
     """
-    loop = _Loop.of(plan, student_hidden, student_head, teacher_hidden, teacher_head, target_ids)
-    num_rows, device = student_hidden.shape[0], student_hidden.device
+    return _read(_Loop.of(plan, student_hidden, student_head, teacher_hidden, teacher_head, target_ids))
+
+
+def read_logits(
+    plan: Plan, student_logits: torch.Tensor, teacher_logits: torch.Tensor, target_ids: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`read_rows` for logits [S, V/tp] that are there already, of any float type."""
+    return _read(_Loop.of_logits(plan, student_logits, teacher_logits, target_ids))
+
+
+def _read(loop: _Loop) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_rows, device = loop.student.num_rows, loop.student.device
     partial = torch.empty(MergedSums.count(loop.teacher is not None), num_rows, dtype=torch.float64, device=device)
     for rows in loop.chunks(num_rows):
         partial[:, rows] = loop.partial_sums(rows, *loop.project(rows))
     sums = MergedSums.merge(_Gather(partial, loop.group).wait())  # each [S] float64
     rows_table = sums.table()  # [5, S]
     pair = torch.empty(2, num_rows, dtype=torch.float64, device=device)  # [2, S] this shard
-    if plan.kind == "jsd":
+    if loop.plan.kind == "jsd":
         for rows in loop.chunks(num_rows):
             pair[:, rows] = loop.mixture_sums(*loop.project(rows), rows_table[:, rows])
     loss = loop.complete(sums, rows_table, pair)
     return loss.to(loop.dtype), torch.stack(sums.statistics()).to(loop.dtype), rows_table
+
+
+def logits_gradient(
+    plan: Plan,
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    target_ids: torch.Tensor | None,
+    rows_table: torch.Tensor,
+    grad_loss: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Gradient of the student's logits [S, V/tp] into `out`, which may be `student_logits`; zero in padding columns."""
+    loop = _Loop.of_logits(plan, student_logits, teacher_logits, target_ids)
+    row_scale = grad_loss.to(loop.dtype) / plan.student_temperature  # [S]
+    for rows in loop.chunks(student_logits.shape[0]):
+        loop.logits_gradient(rows, *loop.project(rows), rows_table[:, rows], row_scale[rows], out[rows, : loop.shard.columns])
+    out[:, loop.shard.columns :] = 0
 
 
 def rows_gradient(
@@ -107,9 +137,9 @@ def rows_gradient(
     grad_hidden = student_hidden.new_zeros(student_hidden.shape, dtype=loop.dtype)  # [S, H_s]
     row_scale = grad_loss.to(loop.dtype) / plan.student_temperature  # [S]
     for rows in loop.chunks(student_hidden.shape[0]):
-        student, teacher = loop.project(rows)
-        grad_logits = loop.logits_gradient(rows, student, teacher, rows_table[:, rows], row_scale[rows])
+        grad_logits = loop.grad_logits(rows, *loop.project(rows), rows_table[:, rows], row_scale[rows])
         loop.multiply(rows, grad_logits, grad_hidden, grad_head)
+        del grad_logits  # freed before the next chunk's logits are made
     _sum_over_shards(grad_hidden, loop.group)
     return grad_hidden
 
@@ -151,7 +181,7 @@ def weighted_rows(
     if device.type != "cpu":
         student_hidden = student_hidden.masked_fill((weight == 0)[:, None], 0)
     loop = _Loop.of(plan, student_hidden, student_head, teacher_hidden, teacher_head, target_ids)
-    loop.head_scale = grad_scale
+    loop.head_scale, loop.is_packed = grad_scale, plan.is_packed and plan.kind != "nll"
     loss = torch.empty(num_rows, dtype=loop.dtype, device=device)  # [S]
     num_statistics = 7 if loop.teacher is not None else 2
     statistics = torch.empty(num_statistics, num_rows, dtype=loop.dtype, device=device)  # [7, S]
@@ -165,7 +195,7 @@ def weighted_rows(
         pair = loop.mixture_sums(chunk.student, chunk.teacher, rows_table) if plan.kind == "jsd" else None
         loss[rows] = loop.complete(sums, rows_table, pair).to(loop.dtype)
         statistics[:, rows] = torch.stack(sums.statistics()).to(loop.dtype)
-        grad_logits = loop.logits_gradient(rows, chunk.student, chunk.teacher, rows_table, row_scale[rows])
+        grad_logits = loop.grad_logits(rows, chunk.student, chunk.teacher, rows_table, row_scale[rows])
         loop.multiply(rows, grad_logits, grad_hidden, grad_head)
 
     ready: _Chunk | None = None
@@ -185,16 +215,18 @@ def weighted_rows(
 
 @dataclass
 class _Loop:
-    """The two projections of one call and what is done to a chunk."""
+    """Where the two models' logits come from in one call, and what is done to a chunk."""
 
     plan: Plan
-    student: _Projection
-    teacher: _Projection | None
+    student: _Projection | _Given
+    teacher: _Projection | _Given | None
     backend: Backend
     group: dist.ProcessGroup | None
     shard: VocabShard
     column: torch.Tensor | None  # [S] of the target in this shard; -1 where it is not here
     head_scale: torch.Tensor | None = None
+    is_packed: bool = False
+    """Whether chunks are kept between their reads as fp16 (s, s - t)."""
 
     @classmethod
     def of(
@@ -209,10 +241,6 @@ class _Loop:
         group = plan.tp_group
         shard = VocabShard.of(plan.vocab_size, student_head.shape[0], group_rank(group))
         dtype = torch.float64 if torch.float64 in (student_hidden.dtype, student_head.dtype) else torch.float32
-        column = None
-        if target_ids is not None:
-            column = target_ids - shard.first  # [S]
-            column = torch.where((column >= 0) & (column < shard.columns), column, -1)
         return cls(
             plan=plan,
             student=_Projection.of(student_hidden, student_head, shard.columns, dtype),
@@ -220,7 +248,23 @@ class _Loop:
             backend=backends.choose(plan.backend, device=student_hidden.device.type, dtype=dtype),
             group=group,
             shard=shard,
-            column=column,
+            column=_column(target_ids, shard),
+        )
+
+    @classmethod
+    def of_logits(
+        cls, plan: Plan, student_logits: torch.Tensor, teacher_logits: torch.Tensor, target_ids: torch.Tensor | None
+    ) -> _Loop:
+        group = plan.tp_group
+        shard = VocabShard.of(plan.vocab_size, student_logits.shape[1], group_rank(group))
+        return cls(
+            plan=plan,
+            student=_Given(student_logits[:, : shard.columns]),
+            teacher=_Given(teacher_logits[:, : shard.columns]),
+            backend=backends.choose(plan.backend, device=student_logits.device.type, dtype=student_logits.dtype),
+            group=group,
+            shard=shard,
+            column=_column(target_ids, shard),
         )
 
     @property
@@ -236,7 +280,7 @@ class _Loop:
         """Row ranges of nearly equal length that cover [0, num_rows)."""
         size = self.plan.chunk_size
         if not size:
-            kind = "cpu" if self.student.head.device.type == "cpu" else "cuda"
+            kind = "cpu" if self.student.device.type == "cpu" else "cuda"
             fewest, most = CHUNK_ROWS[kind]
             size = min(max(fewest, CHUNK_BYTES[kind] // (4 * max(self.shard.columns, 1))), most)
         length = math.ceil(num_rows / max(math.ceil(num_rows / size), 1))
@@ -256,8 +300,7 @@ class _Loop:
     def begin(self, rows: slice) -> _Chunk:
         """Project a chunk, read it, and send its sums on their way."""
         student, teacher = self.project(rows)
-        is_packed = self.plan.is_packed and self.plan.kind != "nll"
-        packed = student.new_empty(2, *student.shape, dtype=torch.float16) if is_packed else None  # [2, C, columns]
+        packed = student.new_empty(2, *student.shape, dtype=torch.float16) if self.is_packed else None  # [2, C, columns]
         gather = _Gather(self.partial_sums(rows, student, teacher, packed), self.group)
         return _Chunk(rows, student, teacher, gather) if packed is None else _Chunk(rows, packed[0], packed[1], gather)
 
@@ -267,7 +310,7 @@ class _Loop:
             teacher,
             rows_table.contiguous(),
             beta=self.plan.beta,
-            is_packed=student.dtype is torch.float16,
+            is_packed=self.is_packed,
             **self._scales,
         )
 
@@ -284,7 +327,7 @@ class _Loop:
             "nll": -sums.student.logprob,
         }[kind]  # fmt: skip
 
-    def logits_gradient(
+    def grad_logits(
         self,
         rows: slice,
         student: torch.Tensor,
@@ -295,6 +338,18 @@ class _Loop:
         """[C, columns] in the type that the head is multiplied in; in place of the student's logits where it can be."""
         operand = self.student.head.dtype
         out = student if student.dtype is operand else student.new_empty(student.shape, dtype=operand)
+        self.logits_gradient(rows, student, teacher, rows_table, row_scale, out)
+        return out
+
+    def logits_gradient(
+        self,
+        rows: slice,
+        student: torch.Tensor,
+        teacher: torch.Tensor | None,
+        rows_table: torch.Tensor,
+        row_scale: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
         self.backend.logits_gradient(
             student,
             None if self.plan.kind == "nll" else teacher,
@@ -304,10 +359,9 @@ class _Loop:
             kind=self.plan.kind,
             beta=self.plan.beta,
             out=out,
-            is_packed=student.dtype is torch.float16,  # a projection's logits are fp32 or wider
+            is_packed=self.is_packed,
             **self._scales,
         )
-        return out
 
     def multiply(
         self, rows: slice, grad_logits: torch.Tensor, grad_hidden: torch.Tensor, grad_head: torch.Tensor | None
@@ -330,6 +384,14 @@ class _Projection:
     dtype: torch.dtype
     """Of the logits: float64 or float32."""
 
+    @property
+    def num_rows(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
     @classmethod
     def of(cls, hidden: torch.Tensor, head: torch.Tensor, columns: int, dtype: torch.dtype) -> _Projection:
         head = head[:columns]
@@ -344,6 +406,29 @@ class _Projection:
     def logits(self, rows: slice) -> torch.Tensor:
         """[C, columns] of this shard."""
         return _matmul(self.rows(rows), self.head.T, self.dtype)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Logits of one model that are there already."""
+
+    whole: torch.Tensor  # [S, columns]
+
+    @property
+    def num_rows(self) -> int:
+        return self.whole.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.whole.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of results."""
+        return torch.promote_types(self.whole.dtype, torch.float32)
+
+    def logits(self, rows: slice) -> torch.Tensor:
+        return self.whole[rows]
 
 
 @dataclass
@@ -375,6 +460,14 @@ class _Gather:
         if self._work is not None:
             self._work.wait()
         return self._gathered.view(self._shape)
+
+
+def _column(target_ids: torch.Tensor | None, shard: VocabShard) -> torch.Tensor | None:
+    """Where in this shard a token is; -1 for a token that is elsewhere or nowhere. [S] -> [S]."""
+    if target_ids is None:
+        return None
+    column = target_ids - shard.first  # [S]
+    return torch.where((column >= 0) & (column < shard.columns), column, -1)
 
 
 def _active_rows(loss_weight: torch.Tensor) -> torch.Tensor | None:

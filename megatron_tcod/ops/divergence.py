@@ -54,7 +54,15 @@ from megatron_tcod.ops.backends import BACKENDS
 from megatron_tcod.ops.chunk_loop import Plan
 from megatron_tcod.ops.vocab_shard import align_head, group_size
 
-__all__ = ["KINDS", "TokenDivergence", "TokenLogprob", "align_head", "linear_divergence", "linear_logprob"]
+__all__ = [
+    "KINDS",
+    "TokenDivergence",
+    "TokenLogprob",
+    "align_head",
+    "linear_divergence",
+    "linear_logprob",
+    "logits_divergence",
+]
 
 KINDS = ("reverse_kl", "forward_kl", "jsd", "nll")
 """What `TokenDivergence.loss` can be. `nll` is -log p_S(target), with the statistics of both models beside it."""
@@ -129,12 +137,7 @@ def linear_divergence(
     with the gradient; S may be 0 if it is so on all ranks.
     Raises ValueError for shapes that do not fit, unequal shards (see `align_head`), and settings out of range.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind {kind!r} is unknown; it must be one of {', '.join(KINDS)}")
-    if kind == "jsd" and not 0 < beta < 1:
-        raise ValueError(f"beta must lie strictly between 0 and 1, got {beta}; use forward_kl or reverse_kl instead")
-    if kind == "nll" and target_ids is None:
-        raise ValueError("kind 'nll' is a log-probability at target_ids [S]; got none")
+    _check_kind(kind, beta, target_ids)
     _check_rows("student", student_hidden, student_head, target_ids, chunk_size)
     _check_rows("teacher", teacher_hidden, teacher_head, target_ids, chunk_size)
     if teacher_hidden.shape[0] != student_hidden.shape[0]:
@@ -164,6 +167,12 @@ def linear_divergence(
     )
     models = (student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach(), target_ids)
     total, loss, statistics = _run(plan, models, loss_weight, head_grad, grad_scale)  # [], [S], [7, S]
+    return _token_divergence(loss, total, statistics, target_ids)
+
+
+def _token_divergence(
+    loss: torch.Tensor, total: torch.Tensor | None, statistics: torch.Tensor, target_ids: torch.Tensor | None
+) -> TokenDivergence:
     student_entropy, student_logprob, teacher_entropy, teacher_logprob, reverse, forward, agreement = statistics
     return TokenDivergence(
         loss=loss,
@@ -176,6 +185,59 @@ def linear_divergence(
         student_logprob=None if target_ids is None else student_logprob,
         teacher_logprob=None if target_ids is None else teacher_logprob,
     )
+
+
+def logits_divergence(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    *,
+    kind: str,
+    vocab_size: int,
+    beta: float = 0.5,
+    student_temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    target_ids: torch.Tensor | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    in_place: bool = False,
+    backend: str = "auto",
+) -> TokenDivergence:
+    """As `linear_divergence` for logits [S, V/tp] that exist already; `loss` [S] is differentiable in the student's.
+
+    Two reads of both logits (three for `jsd`) and, with `in_place`, no memory: the gradient then overwrites
+    `student_logits`, in their own type, when the backward pass runs. It can run once, and nothing else may need the
+    logits after that; autograd raises where something does. Logits of half precision make the gradient itself wrong by
+    tens of percent near convergence: prefer `linear_divergence`.
+
+    Collectives: one all-gather (two for `jsd`), none backward. Raises ValueError for shapes and types that do not fit.
+    """
+    _check_kind(kind, beta, target_ids)
+    if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
+        raise ValueError(
+            f"student_logits and teacher_logits must be one shape [S, V/tp], got {list(student_logits.shape)} and "
+            f"{list(teacher_logits.shape)}; pad both vocabularies to one size"
+        )
+    if student_logits.dtype != teacher_logits.dtype or not student_logits.is_floating_point():
+        raise ValueError(
+            f"student_logits are {student_logits.dtype}, teacher_logits {teacher_logits.dtype}; both must have one float type"
+        )
+    if target_ids is not None and target_ids.shape != student_logits.shape[:1]:
+        raise ValueError(f"target_ids must be [S] = [{student_logits.shape[0]}], got {list(target_ids.shape)}")
+    plan = _plan(
+        student_logits.shape[1],
+        tp_group,
+        backend,
+        kind=kind,
+        vocab_size=vocab_size,
+        beta=beta,
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+        chunk_size=0,
+        is_packed=False,
+    )
+    loss, statistics, _ = torch.ops.megatron_tcod.logits_divergence(
+        student_logits, teacher_logits.detach(), target_ids, in_place, *plan
+    )
+    return _token_divergence(loss, None, statistics, target_ids)
 
 
 def linear_logprob(
@@ -264,6 +326,15 @@ def _plan(
             )
     group = tp_group.group_name if size > 1 else ""
     return Plan(vocab_size=vocab_size, backend=backend, group=group, **settings)
+
+
+def _check_kind(kind: str, beta: float, target_ids: torch.Tensor | None) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is unknown; it must be one of {', '.join(KINDS)}")
+    if kind == "jsd" and not 0 < beta < 1:
+        raise ValueError(f"beta must lie strictly between 0 and 1, got {beta}; use forward_kl or reverse_kl instead")
+    if kind == "nll" and target_ids is None:
+        raise ValueError("kind 'nll' is a log-probability at target_ids [S]; got none")
 
 
 def _check_rows(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from megatron_tcod.ops.chunk_loop import Plan, read_rows, rows_gradient, weighted_rows
+from megatron_tcod.ops.chunk_loop import Plan, logits_gradient, read_logits, read_rows, rows_gradient, weighted_rows
 
 _MODELS = "Tensor student_hidden, Tensor student_head, Tensor? teacher_hidden, Tensor? teacher_head, Tensor? target_ids"
 _PLAN = (
@@ -157,6 +157,79 @@ def linear_divergence_total_(*args):
 def _(student_hidden, student_head, teacher_hidden, teacher_head, ids, loss_weight, grad_scale, head_grad, *plan):
     loss, statistics = _fake_rows(student_hidden, student_head, teacher_hidden)
     return loss.new_empty(()), loss, statistics, student_hidden.new_empty(student_hidden.shape, dtype=loss.dtype)
+
+
+_LOGITS = "Tensor{} student_logits, Tensor teacher_logits, Tensor? target_ids"
+_NUM_LOGITS_ARGS = 3
+
+
+@torch.library.custom_op(
+    "megatron_tcod::logits_divergence",
+    mutates_args=(),
+    schema=f"({_LOGITS.format('')}, bool in_place, {_PLAN}) -> (Tensor, Tensor, Tensor)",
+)
+def logits_divergence(student_logits, teacher_logits, target_ids, in_place, *plan):
+    """Loss [S], statistics [7, S] and the table [5, S] that the backward pass reads."""
+    return read_logits(Plan(*plan), student_logits, teacher_logits, target_ids)
+
+
+@logits_divergence.register_fake
+def _(student_logits, teacher_logits, target_ids, in_place, *plan):
+    num_rows, dtype = student_logits.shape[0], torch.promote_types(student_logits.dtype, torch.float32)
+    loss = student_logits.new_empty(num_rows, dtype=dtype)
+    return loss, loss.new_empty(7, num_rows), loss.new_empty(5, num_rows, dtype=torch.float64)
+
+
+@torch.library.custom_op(
+    "megatron_tcod::logits_divergence_backward",
+    mutates_args=(),
+    schema=f"({_LOGITS.format('')}, Tensor rows_table, Tensor grad_loss, {_PLAN}) -> Tensor",
+)
+def logits_divergence_backward(student_logits, teacher_logits, target_ids, rows_table, grad_loss, *plan):
+    """Gradient of the student's logits [S, V/tp]."""
+    out = torch.empty_like(student_logits)
+    logits_gradient(Plan(*plan), student_logits, teacher_logits, target_ids, rows_table, grad_loss, out)
+    return out
+
+
+@logits_divergence_backward.register_fake
+def _(student_logits, *_):
+    return torch.empty_like(student_logits)
+
+
+@torch.library.custom_op(
+    "megatron_tcod::logits_divergence_backward_",
+    mutates_args=("student_logits",),
+    schema=f"({_LOGITS.format('(a!)')}, Tensor rows_table, Tensor grad_loss, {_PLAN}) -> ()",
+)
+def logits_divergence_backward_(student_logits, teacher_logits, target_ids, rows_table, grad_loss, *plan):
+    """The gradient takes the place of the student's logits."""
+    logits_gradient(Plan(*plan), student_logits, teacher_logits, target_ids, rows_table, grad_loss, student_logits)
+
+
+@logits_divergence_backward_.register_fake
+def _(*_):
+    return None
+
+
+def _logits_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:_NUM_LOGITS_ARGS], output[2])
+    ctx.in_place, ctx.plan = inputs[_NUM_LOGITS_ARGS], inputs[_NUM_LOGITS_ARGS + 1 :]
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _logits_backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    student_logits, *rest = ctx.saved_tensors  # raises where another consumer, or a first backward, has written there
+    if ctx.in_place:
+        with torch.no_grad():
+            torch.ops.megatron_tcod.logits_divergence_backward_(student_logits.detach(), *rest, grad_loss, *ctx.plan)
+        grad = student_logits.detach()
+    else:
+        grad = torch.ops.megatron_tcod.logits_divergence_backward(student_logits, *rest, grad_loss, *ctx.plan)
+    return (grad, *(None for _ in range(_NUM_LOGITS_ARGS + len(ctx.plan))))
+
+
+logits_divergence.register_autograd(_logits_backward, setup_context=_logits_context)
 
 
 def _with_total(loss_weight: torch.Tensor, loss: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:

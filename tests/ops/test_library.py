@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_tcod.ops import reference
 from megatron_tcod.ops.chunk_loop import Plan
-from megatron_tcod.ops.divergence import KINDS, linear_divergence, linear_logprob
+from megatron_tcod.ops.divergence import KINDS, linear_divergence, linear_logprob, logits_divergence
 
 VOCAB, PADDED = 53, 64
 
@@ -192,3 +193,93 @@ def test_packed_chunks_keep_values_and_nearly_keep_gradients(kind: str):
 def test_errors_say_what_was_expected(change: dict, message: str):
     with pytest.raises(ValueError, match=message):
         linear_divergence(**(_trained(_models()) | {"kind": "reverse_kl", "vocab_size": VOCAB} | change))
+
+
+def _logits(rows: int = 6, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    student, teacher = (2 * torch.randn(rows, PADDED, generator=generator) for _ in range(2))
+    return student.to(dtype), teacher.to(dtype), torch.randint(VOCAB, (rows,), generator=generator)
+
+
+def _reference(kind, student, teacher, target_ids):
+    temperatures = {"student_temperature": 0.7, "teacher_temperature": 1.1}
+    if kind == "jsd":
+        return reference.jsd(student, teacher, beta=0.3, vocab_size=VOCAB, **temperatures)
+    if kind == "nll":
+        return -reference.logprob(student, target_ids, vocab_size=VOCAB, temperature=0.7)
+    return getattr(reference, kind)(student, teacher, vocab_size=VOCAB, **temperatures)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("backend, dtype", [("torch", torch.float64), ("auto", torch.float32), ("auto", torch.bfloat16)])
+def test_logits_divergence_equals_the_reference_and_overwrites_only_when_asked(kind, in_place, backend, dtype):
+    student, teacher, target_ids = _logits(dtype=dtype)
+    weight = torch.linspace(0, 1, 6, dtype=torch.float64)
+    exact = student.double().clone().requires_grad_()
+    expected = _reference(kind, exact, teacher.double(), target_ids)
+    (expected * weight).sum().backward()
+    leaf = student.clone().requires_grad_()
+    logits = leaf * 1  # a head's product, as in a model: autograd does not write into leaves
+    out = logits_divergence(
+        logits, teacher, kind=kind, vocab_size=VOCAB, beta=0.3, student_temperature=0.7, teacher_temperature=1.1,
+        target_ids=target_ids, in_place=in_place, backend=backend,
+    )  # fmt: skip
+    (out.loss * weight.to(out.loss.dtype)).sum().backward()
+    wide = torch.promote_types(dtype, torch.float32)
+    assert out.loss.dtype is wide and leaf.grad.dtype is dtype
+    tolerance = 1e-12 if dtype is torch.float64 else 3e-6
+    torch.testing.assert_close(out.loss.double(), expected, rtol=tolerance, atol=tolerance)
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=rounding, atol=max(rounding * 1e-2, tolerance))
+    assert not leaf.grad[:, VOCAB:].any() and not leaf.grad[0].any()
+    assert torch.equal(logits.detach(), leaf.grad if in_place else student)
+
+
+def test_in_place_gradient_is_refused_a_second_time():
+    student, teacher, _ = _logits()
+    logits = student.requires_grad_() * 1
+    out = logits_divergence(logits, teacher, kind="reverse_kl", vocab_size=VOCAB, in_place=True)
+    out.loss.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.loss.sum().backward()
+
+
+def test_in_place_gradient_is_refused_where_another_loss_needs_the_logits():
+    student, teacher, target_ids = _logits()
+    logits = student.requires_grad_() * 1
+    out = logits_divergence(logits, teacher, kind="reverse_kl", vocab_size=VOCAB, in_place=True)
+    other = (logits**2).sum()
+    out.loss.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_operators_pass_opcheck(kind: str):
+    student, teacher, target_ids = _logits()
+    plan = _plan(kind)
+    arguments = (student.clone().requires_grad_(), teacher, target_ids, False, *plan)
+    torch.library.opcheck(torch.ops.megatron_tcod.logits_divergence, arguments)
+    table = torch.ops.megatron_tcod.logits_divergence(student, teacher, target_ids, False, *plan)[2]
+    for operator in ("logits_divergence_backward", "logits_divergence_backward_"):
+        arguments = (student.clone(), teacher, target_ids, table, torch.linspace(0, 1, 6), *plan)
+        torch.library.opcheck(getattr(torch.ops.megatron_tcod, operator), arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"teacher_logits": torch.zeros(6, VOCAB)}, "must be one shape"),
+        ({"teacher_logits": torch.zeros(6, PADDED).bfloat16()}, "both must have one float type"),
+        ({"target_ids": torch.zeros(5, dtype=torch.int64)}, "target_ids must be"),
+        ({"vocab_size": PADDED + 1}, "vocab_size 65 is outside"),
+        ({"kind": "tvd"}, "kind 'tvd' is unknown"),
+        ({"student_temperature": 0.0}, "student_temperature must be positive"),
+    ],
+)
+def test_logits_errors_say_what_was_expected(change: dict, message: str):
+    student, teacher, _ = _logits()
+    settings = {"kind": "reverse_kl", "vocab_size": VOCAB, "student_logits": student, "teacher_logits": teacher}
+    with pytest.raises(ValueError, match=message):
+        logits_divergence(**(settings | change))
