@@ -237,9 +237,10 @@ class _LinearTopKDivergence(torch.autograd.Function):
         for rows in loop.chunks(student_hidden.shape[0]):
             logits, _ = loop.project(rows)
             _add_at(logits, column[rows], -torch.inf)
-            grad_logits = loop.logits_gradient(rows, logits, None, rows_table[:, rows], slope[-1, rows])
+            grad_logits = loop.grad_logits(rows, logits, None, rows_table[:, rows], slope[-1, rows])
             _add_at(grad_logits, column[rows], slope[:-1, rows].T)
             loop.multiply(rows, grad_logits, grad_hidden, grad_head)
+            del logits, grad_logits  # freed before the next chunk's are made
         _sum_over_shards(grad_hidden, loop.group)
         return (
             None,
