@@ -21,20 +21,13 @@ inline V at_least(V x, V low) { return _mm256_max_ps(low, x); }
 inline V at_most(V x, V high) { return _mm256_min_ps(high, x); }
 inline M less(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 inline M equal(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
-inline M not_zero(V x) { return _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_UQ); }  // NaN is not zero
+inline M not_at_most(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_NLE_UQ); }  // NaN is not
+inline M is_nan(V x) { return _mm256_cmp_ps(x, x, _CMP_UNORD_Q); }
 inline M both(M a, M b) { return _mm256_and_ps(a, b); }
 inline bool any(M m) { return _mm256_movemask_ps(m) != 0; }
 inline V select(M m, V yes, V no) { return _mm256_blendv_ps(no, yes, m); }
+inline V product_where(M m, V a, V b, V otherwise) { return select(m, _mm256_mul_ps(a, b), otherwise); }
 inline V keep(M m, V x) { return _mm256_and_ps(m, x); }
-inline V nearest_integer(V x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-
-// In two steps: 2^n itself need not be a normal number where x * 2^n is zero or infinite.
-inline V times_power_of_two(V x, V n) {
-  const I whole = (I)_mm256_cvtps_epi32(n);
-  const I half = whole >> 1;
-  return x * (V)((half + 127) << 23) * (V)((whole - half + 127) << 23);
-}
-
 inline V from_half(H x) { return _mm256_cvtph_ps((__m128i)x); }
 inline H to_half(V x) { return (H)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 

@@ -21,13 +21,13 @@ inline V at_least(V x, V low) { return _mm512_max_ps(low, x); }
 inline V at_most(V x, V high) { return _mm512_min_ps(high, x); }
 inline M less(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline M equal(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
-inline M not_zero(V x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ); }  // NaN is not zero
+inline M not_at_most(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }  // NaN is not
+inline M is_nan(V x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
 inline M both(M a, M b) { return a & b; }
 inline bool any(M m) { return m != 0; }
 inline V select(M m, V yes, V no) { return _mm512_mask_blend_ps(m, no, yes); }
+inline V product_where(M m, V a, V b, V otherwise) { return _mm512_mask_mul_ps(otherwise, m, a, b); }
 inline V keep(M m, V x) { return _mm512_maskz_mov_ps(m, x); }
-inline V nearest_integer(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline V times_power_of_two(V x, V n) { return _mm512_scalef_ps(x, n); }
 inline V from_half(H x) { return _mm512_cvtph_ps((__m256i)x); }
 inline H to_half(V x) { return (H)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 

@@ -21,6 +21,7 @@ inline void store(float* p, V x) { __builtin_memcpy(p, &x, sizeof(x)); }
 inline V fma(V a, V b, V c) { return a * b + c; }
 inline V fnma(V a, V b, V c) { return c - a * b; }
 inline V select(M m, V yes, V no) { return (V)((m & (I)yes) | (~m & (I)no)); }
+inline V product_where(M m, V a, V b, V otherwise) { return select(m, a * b, otherwise); }
 inline V keep(M m, V x) { return (V)(m & (I)x); }
 inline V absolute(V x) { return (V)((I)x & 0x7fffffff); }
 inline V larger_ignoring_nan(V x, V best) { return select(x > best, x, best); }
@@ -28,19 +29,10 @@ inline V at_least(V x, V low) { return select(x < low, low, x); }
 inline V at_most(V x, V high) { return select(x > high, high, x); }
 inline M less(V a, V b) { return a < b; }
 inline M equal(V a, V b) { return a == b; }
-inline M not_zero(V x) { return x != set(0.0f); }  // NaN is not zero
+inline M not_at_most(V a, V b) { return ~(a <= b); }  // NaN is not
+inline M is_nan(V x) { return x != x; }
 inline M both(M a, M b) { return a & b; }
 inline bool any(M m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
-
-// Adding 1.5 * 2^23 leaves no bits for a fraction; good for |x| < 2^22.
-inline V nearest_integer(V x) { return (x + 12582912.0f) - 12582912.0f; }
-
-// In two steps: 2^n itself need not be a normal number where x * 2^n is zero or infinite.
-inline V times_power_of_two(V x, V n) {
-  const I whole = __builtin_convertvector(n, I);
-  const I half = whole >> 1;
-  return x * (V)((half + 127) << 23) * (V)((whole - half + 127) << 23);
-}
 
 inline V from_half(H x) {
   const U bits = __builtin_convertvector(x, U);
