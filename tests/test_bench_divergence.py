@@ -25,7 +25,7 @@ def bench(monkeypatch):
 
 
 class Off:
-    """The torch backend with one value too large."""
+    """The torch backend with a factor on some of its values."""
 
     name = "off"
 
@@ -62,15 +62,16 @@ def test_tiny_shapes_run_agree_and_are_written_down(tmp_path):
     assert errors["torch"] < 1e-3 < errors["torch-packed"] < 0.01 < 0.4 < errors["bf16-logits"]
 
 
-@pytest.mark.parametrize("wrong", [{"gradient": 1.001}, {"gradient": float("nan")}, {"sums": 1.001}])
-def test_a_wrong_backend_ends_the_run_with_exit_code_1(bench, capsys, wrong: dict):
-    flags = ["--shapes", "40x507", "--providers", "off", "right", "--rows", "reverse_kl", "fp32"]
-    with pytest.raises(SystemExit) as exit_info:
-        bench.main(flags, backends={"off": Off(**wrong), "right": Off()})
-    assert exit_info.value.code == 1
-    printed = capsys.readouterr().out
-    failed = [line for line in printed.splitlines() if line.startswith("FAILED") or line.endswith("WRONG")]
-    assert len(failed) == 2 and all("reverse_kl T=40 V=507 fp32" in line and " off" in line for line in failed)
+def test_wrong_backends_end_the_run_with_exit_code_1_and_are_named(bench, capsys):
+    backends = {"steep": Off(gradient=1.001), "nan": Off(gradient=float("nan")), "high": Off(sums=1.001), "right": Off()}
+    flags = ["--shapes", "40x507", "--providers", *backends, "--rows", "reverse_kl", "fp32"]
+    with pytest.raises(SystemExit, match="1"):
+        bench.main(flags, backends=backends)
+    printed = capsys.readouterr().out.splitlines()
+    for mark in (lambda line: line.startswith("FAILED"), lambda line: line.endswith("WRONG")):
+        named = [line for line in printed if mark(line)]
+        assert [name for line in named for name in backends if f" {name}" in line] == ["steep", "nan", "high"]
+        assert all("logits reverse_kl T=40 V=507 fp32" in line for line in named)
 
 
 def test_a_run_that_measures_nothing_is_no_success(bench, capsys):
