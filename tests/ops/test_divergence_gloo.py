@@ -81,6 +81,7 @@ CASES = {
     **{f"{kind}-odd": Case(kind) for kind in KINDS},
     **{f"{kind}-fp32": Case(kind, dtype=torch.float32) for kind in KINDS},
     **{f"{kind}-large": Case(kind, rows=5, vocab=32000, padded=32256) for kind in KINDS},
+    **{f"{kind}-qwen": Case(kind, rows=3, vocab=151_669, padded=151_936, dtype=torch.float32) for kind in KINDS},
     **{f"{kind}-one-row": Case(kind, rows=1) for kind in KINDS},
     **{f"{kind}-no-rows": Case(kind, rows=0) for kind in KINDS},
     **{f"{kind}-pad-only": Case(kind, padded=2048) for kind in KINDS},
