@@ -80,10 +80,9 @@ struct Sums {
     gap_t += sum_vg;
   }
 
-  __device__ __forceinline__ void list(double (&values)[kNumShifted]) const {
-    const float each[kNumShifted] = {total_s, centred_s, total_t, centred_t, gap_s, gap_t, excess_s, excess_t};
-#pragma unroll
-    for (int i = 0; i < kNumShifted; ++i) values[i] = each[i];
+  __device__ __forceinline__ bool add_up(BlockSum<kNumShifted>& block) const {
+    const float values[kNumShifted] = {total_s, centred_s, total_t, centred_t, gap_s, gap_t, excess_s, excess_t};
+    return block(values);
   }
 };
 
@@ -309,30 +308,26 @@ __device__ void move_pair(double student_shift, double teacher_shift, double (&s
 
 template <int kDtype, bool kHasTeacher, bool kIsPacking>
 __global__ __launch_bounds__(kThreads, 4) void partial_sums_kernel(TcodPartialSums args) {
-  __shared__ double shared[kWarps * kNumShifted];
-  float* const shared_maxima = reinterpret_cast<float*>(shared);
+  __shared__ BlockSum<kNumShifted> block;
+  __shared__ float maxima[2 * kWarps];
   const int64_t at = block_index();
   const Row<kDtype> row = Row<kDtype>::of(args, at);
 
   float student_frame, teacher_frame;
   sample_maxima<kDtype, kHasTeacher>(row, student_frame, teacher_frame);
-  max_over_block(student_frame, teacher_frame, shared_maxima);
+  max_over_block(student_frame, teacher_frame, maxima);
   student_frame *= row.student_scale;
   teacher_frame *= row.teacher_scale;
 
   Sums sums = {};
   float own_student, own_teacher;
   read_row<kDtype, kHasTeacher, kIsPacking, false>(row, student_frame, teacher_frame, sums, own_student, own_teacher);
-  double values[kNumShifted];
-  sums.list(values);
-  sum_over_block(values, shared);
+  bool is_good = sums.add_up(block);
   float student_raw = own_student, teacher_raw = own_teacher;
-  max_over_block(student_raw, teacher_raw, shared_maxima);
+  max_over_block(student_raw, teacher_raw, maxima);
   const float student_max = student_raw * row.student_scale, teacher_max = teacher_raw * row.teacher_scale;
 
-  bool is_good = student_max - student_frame <= kHeadroom && (!kHasTeacher || teacher_max - teacher_frame <= kHeadroom);
-#pragma unroll
-  for (int i = 0; i < kNumShifted; ++i) is_good &= fabs(values[i]) < 1e300;
+  is_good &= student_max - student_frame <= kHeadroom && (!kHasTeacher || teacher_max - teacher_frame <= kHeadroom);
   if (!is_good) {
     student_frame = student_max == -infinity() ? 0 : student_max;
     teacher_frame = teacher_max == -infinity() ? 0 : teacher_max;
@@ -341,33 +336,34 @@ __global__ __launch_bounds__(kThreads, 4) void partial_sums_kernel(TcodPartialSu
     read_row<kDtype, kHasTeacher, false, true>(
         row, student_frame, teacher_frame, sums, ignored_student, ignored_teacher
     );
-    sums.list(values);
-    sum_over_block(values, shared);
+    sums.add_up(block);
   }
   bool is_shared = false;
   if constexpr (kHasTeacher) is_shared = is_shared_top(row, own_student, own_teacher, student_raw, teacher_raw);
 
   if (thread_index() != 0) return;
   const int64_t column = args.column == nullptr ? -1 : args.column[at];
+  const float absent = column < 0 ? -infinity() : float_of_bits(0x7fffffffu);  // beyond the row: not a number
+  const bool is_here = column >= 0 && column < row.pieces.columns;
   const double student_shift = is_good ? double(student_frame) - student_max : 0;
   const double teacher_shift = is_good ? double(teacher_frame) - teacher_max : 0;
   double* const out = args.sums + at;
   const int64_t step = args.sums_stride;
   if constexpr (kHasTeacher) {
-    move_pair(student_shift, teacher_shift, values);
+    move_pair(student_shift, teacher_shift, block.sums);
     out[4 * step] = teacher_max;
-    out[5 * step] = values[2];
-    out[6 * step] = values[3];
-    out[7 * step] = column < 0 ? -infinity() : row.teacher_at(column) * row.teacher_scale;
-    for (int i = 4; i < kNumShifted; ++i) out[(i + 4) * step] = values[i];
+    out[5 * step] = block.sums[2];
+    out[6 * step] = block.sums[3];
+    out[7 * step] = is_here ? row.teacher_at(column) * row.teacher_scale : absent;
+    for (int i = 4; i < kNumShifted; ++i) out[(i + 4) * step] = block.sums[i];
     out[12 * step] = is_shared;
   } else {
-    move_student(student_shift, values[0], values[1]);
+    move_student(student_shift, block.sums[0], block.sums[1]);
   }
   out[0] = student_max;
-  out[step] = values[0];
-  out[2 * step] = values[1];
-  out[3 * step] = column < 0 ? -infinity() : row.student_at(column) * row.student_scale;
+  out[step] = block.sums[0];
+  out[2 * step] = block.sums[1];
+  out[3 * step] = is_here ? row.student_at(column) * row.student_scale : absent;
 }
 
 template <int kDtype>

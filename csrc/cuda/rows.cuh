@@ -170,26 +170,48 @@ struct Pieces {
   __device__ __forceinline__ int vector_column(int i) const { return head + i * kVector; }
 };
 
-// Sums over the block in a fixed order. `shared` holds kWarps * kCount; every thread gets the results in values[].
+constexpr float kSmallDelta = 1.f / 16;
+
+// log(m / p_S) = log(1 - beta + beta e^delta) for |delta| < kSmallDelta: the cumulants of a coin, to the fourth power.
+struct MixtureSeries {
+  float first, second, third, fourth;
+
+  __device__ explicit MixtureSeries(double beta) {
+    const double variance = beta * (1 - beta);
+    first = beta;
+    second = variance / 2;
+    third = variance * (1 - 2 * beta) / 6;
+    fourth = variance * (1 - 6 * variance) / 24;
+  }
+  __device__ __forceinline__ float operator()(float delta) const {
+    return delta * fmaf(delta, fmaf(delta, fmaf(delta, fourth, third), second), first);
+  }
+};
+
+// Sums over the block in a fixed order: warp i adds up values[i] of all threads in float64. Leaves them in sums[],
+// visible to all threads, and says whether each is finite. At most one sum a warp.
 template <int kCount>
-__device__ void sum_over_block(double (&values)[kCount], double* shared) {
+struct BlockSum {
+  float stage[kCount][kThreads];
+  double sums[kCount];
+
+  __device__ bool operator()(const float (&values)[kCount]) {
+    static_assert(kCount <= kWarps, "a warp for each sum");
+    const int thread = thread_index(), which = thread / 32, lane = thread % 32;
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) {
+    for (int i = 0; i < kCount; ++i) stage[i][thread] = values[i];
+    barrier();
+    double sum = 0;
+    if (which < kCount) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] += from_lane_xor(values[i], mask);
-  }
-  const int warp = thread_index() / 32;
-  barrier();
-  if (thread_index() % 32 == 0) {
-    for (int i = 0; i < kCount; ++i) shared[warp * kCount + i] = values[i];
-  }
-  barrier();
+      for (int i = 0; i < kThreads; i += 32) sum += stage[which][i + lane];
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    values[i] = 0;
-    for (int w = 0; w < kWarps; ++w) values[i] += shared[w * kCount + i];
+      for (int mask = 16; mask > 0; mask /= 2) sum += from_lane_xor(sum, mask);
+      if (lane == 0) sums[which] = sum;
+    }
+    return !any_in_block(!(fabs(sum) < 1e300));
   }
-}
+};
 
 // Maxima over the block, of the first two slots of `shared` for each warp; a NaN wins.
 __device__ __forceinline__ void max_over_block(float& first, float& second, float* shared) {
