@@ -24,7 +24,7 @@ enter_environment() {
   fi
   # shellcheck disable=SC1091
   source "$TCOD_VENV/bin/activate"
-  wanted=$(cat setup.py pyproject.toml | cksum)
+  wanted=$({ cat setup.py pyproject.toml; find csrc -type f -print0 | LC_ALL=C sort -z | xargs -0 cat; echo "${TCOD_CUDA:-auto}"; } | cksum)
   stamp=$TCOD_VENV/.megatron_tcod-$TCOD_EXTRAS
   if [[ ! -f $stamp || $(cat "$stamp") != "$wanted" ]]; then
     echo "installing packages into $TCOD_VENV (once)"
