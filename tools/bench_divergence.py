@@ -139,7 +139,7 @@ def line_of(row: Row) -> str:
     error = "another loss" if row.gradient_error is None else f"error {row.gradient_error:.1e}"
     ratios = [f"{x:6.1f}x {name}" for name, x in (("eager", row.to_eager), ("compile", row.to_compile)) if x is not None]
     parts = [f"{row.ms:9.2f} ms", f"{row.rate:8.2f} {unit}", f"{row.roof_share:4.0%} of roof", peak, error, *ratios]
-    return f"{row.label:42} {row.provider:12} | " + " | ".join(parts) + (" | WRONG" if row.is_wrong else "")
+    return f"{row.label:46} {row.provider:12} | " + " | ".join(parts) + (" | WRONG" if row.is_wrong else "")
 
 
 def measure_roof(bench: Bench) -> None:
