@@ -72,22 +72,22 @@ def read_rows(
 
     One gather after the last chunk (two for `jsd`, which projects twice).
     """
-    return _read(_Loop.of(plan, student_hidden, student_head, teacher_hidden, teacher_head, target_ids))
+    return _read(ChunkLoop.of(plan, student_hidden, student_head, teacher_hidden, teacher_head, target_ids))
 
 
 def read_logits(
     plan: Plan, student_logits: torch.Tensor, teacher_logits: torch.Tensor, target_ids: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`read_rows` for logits [S, V/tp] that are there already, of any float type."""
-    return _read(_Loop.of_logits(plan, student_logits, teacher_logits, target_ids))
+    return _read(ChunkLoop.of_logits(plan, student_logits, teacher_logits, target_ids))
 
 
-def _read(loop: _Loop) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _read(loop: ChunkLoop) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     num_rows, device = loop.student.num_rows, loop.student.device
     partial = torch.empty(MergedSums.count(loop.teacher is not None), num_rows, dtype=torch.float64, device=device)
     for rows in loop.chunks(num_rows):
         partial[:, rows] = loop.partial_sums(rows, *loop.project(rows))
-    sums = MergedSums.merge(_Gather(partial, loop.group).wait())  # each [S] float64
+    sums = MergedSums.merge(Gather(partial, loop.group).wait())  # each [S] float64
     rows_table = sums.table()  # [5, S]
     pair = torch.empty(2, num_rows, dtype=torch.float64, device=device)  # [2, S] this shard
     if loop.plan.kind == "jsd":
@@ -107,7 +107,7 @@ def logits_gradient(
     out: torch.Tensor,
 ) -> None:
     """Gradient of the student's logits [S, V/tp] into `out`, which may be `student_logits`; zero in padding columns."""
-    loop = _Loop.of_logits(plan, student_logits, teacher_logits, target_ids)
+    loop = ChunkLoop.of_logits(plan, student_logits, teacher_logits, target_ids)
     row_scale = grad_loss.to(loop.dtype) / plan.student_temperature  # [S]
     for rows in loop.chunks(student_logits.shape[0]):
         loop.logits_gradient(rows, *loop.project(rows), rows_table[:, rows], row_scale[rows], out[rows, : loop.shard.columns])
@@ -133,14 +133,14 @@ def rows_gradient(
         teacher_hidden = teacher_head = None
     is_idle = grad_loss == 0  # [S] rows that must leave no trace, whatever they hold
     student_hidden = student_hidden.masked_fill(is_idle[:, None], 0)
-    loop = _Loop.of(plan, student_hidden, student_head, teacher_hidden, teacher_head, target_ids)
+    loop = ChunkLoop.of(plan, student_hidden, student_head, teacher_hidden, teacher_head, target_ids)
     grad_hidden = student_hidden.new_zeros(student_hidden.shape, dtype=loop.dtype)  # [S, H_s]
     row_scale = grad_loss.to(loop.dtype) / plan.student_temperature  # [S]
     for rows in loop.chunks(student_hidden.shape[0]):
         grad_logits = loop.grad_logits(rows, *loop.project(rows), rows_table[:, rows], row_scale[rows])
         loop.multiply(rows, grad_logits, grad_hidden, grad_head)
         del grad_logits  # freed before the next chunk's logits are made
-    _sum_over_shards(grad_hidden, loop.group)
+    sum_over_shards(grad_hidden, loop.group)
     return grad_hidden
 
 
@@ -180,7 +180,7 @@ def weighted_rows(
     weight = loss_weight.to(device, non_blocking=True)  # [S]
     if device.type != "cpu":
         student_hidden = student_hidden.masked_fill((weight == 0)[:, None], 0)
-    loop = _Loop.of(plan, student_hidden, student_head, teacher_hidden, teacher_head, target_ids)
+    loop = ChunkLoop.of(plan, student_hidden, student_head, teacher_hidden, teacher_head, target_ids)
     loop.head_scale, loop.is_packed = grad_scale, plan.is_packed and plan.kind != "nll"
     loss = torch.empty(num_rows, dtype=loop.dtype, device=device)  # [S]
     num_statistics = 7 if loop.teacher is not None else 2
@@ -209,12 +209,12 @@ def weighted_rows(
         ready = None  # its logits are freed before the next chunk's are made
     if travelling is not None:
         finish(travelling)
-    _sum_over_shards(grad_hidden, loop.group)
+    sum_over_shards(grad_hidden, loop.group)
     return loss, statistics, grad_hidden
 
 
 @dataclass
-class _Loop:
+class ChunkLoop:
     """Where the two models' logits come from in one call, and what is done to a chunk."""
 
     plan: Plan
@@ -237,7 +237,7 @@ class _Loop:
         teacher_hidden: torch.Tensor | None,
         teacher_head: torch.Tensor | None,
         target_ids: torch.Tensor | None,
-    ) -> _Loop:
+    ) -> ChunkLoop:
         group = plan.tp_group
         shard = VocabShard.of(plan.vocab_size, student_head.shape[0], group_rank(group))
         dtype = torch.float64 if torch.float64 in (student_hidden.dtype, student_head.dtype) else torch.float32
@@ -254,7 +254,7 @@ class _Loop:
     @classmethod
     def of_logits(
         cls, plan: Plan, student_logits: torch.Tensor, teacher_logits: torch.Tensor, target_ids: torch.Tensor | None
-    ) -> _Loop:
+    ) -> ChunkLoop:
         group = plan.tp_group
         shard = VocabShard.of(plan.vocab_size, student_logits.shape[1], group_rank(group))
         return cls(
@@ -301,7 +301,7 @@ class _Loop:
         """Project a chunk, read it, and send its sums on their way."""
         student, teacher = self.project(rows)
         packed = student.new_empty(2, *student.shape, dtype=torch.float16) if self.is_packed else None  # [2, C, columns]
-        gather = _Gather(self.partial_sums(rows, student, teacher, packed), self.group)
+        gather = Gather(self.partial_sums(rows, student, teacher, packed), self.group)
         return _Chunk(rows, student, teacher, gather) if packed is None else _Chunk(rows, packed[0], packed[1], gather)
 
     def mixture_sums(self, student: torch.Tensor, teacher: torch.Tensor, rows_table: torch.Tensor) -> torch.Tensor:
@@ -318,7 +318,7 @@ class _Loop:
         """The loss [C] float64. JSD's `pair` [2, C] is gathered here, and its centre put into `rows_table`."""
         kind, beta = self.plan.kind, self.plan.beta
         if kind == "jsd":
-            from_student, from_teacher = _Gather(pair, self.group).wait().sum(0)  # [C] each
+            from_student, from_teacher = Gather(pair, self.group).wait().sum(0)  # [C] each
             rows_table[CENTRE] = from_student
             return beta * from_teacher + (1 - beta) * from_student
         return {
@@ -438,10 +438,10 @@ class _Chunk:
     rows: slice
     student: torch.Tensor  # [C, columns] logits, or packed
     teacher: torch.Tensor | None  # [C, columns] logits, or the packed gap
-    gather: _Gather
+    gather: Gather
 
 
-class _Gather:
+class Gather:
     """[K, S] of each rank -> [tp, K, S] in rank order, under way until `wait`."""
 
     def __init__(self, partial: torch.Tensor, group: dist.ProcessGroup | None):
@@ -478,7 +478,7 @@ def _active_rows(loss_weight: torch.Tensor) -> torch.Tensor | None:
     return None if len(active) == len(loss_weight) else active
 
 
-def _sum_over_shards(grad_hidden: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+def sum_over_shards(grad_hidden: torch.Tensor, group: dist.ProcessGroup | None) -> None:
     if group_size(group) > 1 and grad_hidden.numel():
         dist.all_reduce(grad_hidden, group=group)
 

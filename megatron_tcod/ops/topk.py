@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megatron_tcod.ops.chunk_loop import Plan, _Gather, _Loop, _sum_over_shards
+from megatron_tcod.ops.chunk_loop import Plan, Gather, ChunkLoop, sum_over_shards
 from megatron_tcod.ops.shard_sums import Softmax, unless_zero
 from megatron_tcod.ops.vocab_shard import VocabShard, group_rank, group_size
 
@@ -147,7 +147,7 @@ def student_topk(
     _check_student(student_hidden, student_head, vocab_size, tp_group, chunk_size, 1.0)
     if not 0 < k <= vocab_size:
         raise ValueError(f"k must lie in [1, vocab_size] = [1, {vocab_size}], got {k}")
-    loop = _Loop.of(_plan(vocab_size, 1.0, chunk_size, "torch", tp_group), student_hidden, student_head, None, None, None)
+    loop = ChunkLoop.of(_plan(vocab_size, 1.0, chunk_size, "torch", tp_group), student_hidden, student_head, None, None, None)
     num_rows, shard = student_hidden.shape[0], loop.shard
     best = torch.full((2, k, num_rows), -torch.inf, dtype=torch.float64, device=student_hidden.device)  # values, ids
     num_here = min(k, shard.columns)
@@ -155,7 +155,7 @@ def student_topk(
         values, columns = loop.student.logits(rows).topk(num_here)  # [C, num_here] each
         best[0, :num_here, rows] = values.T.double()
         best[1, :num_here, rows] = (columns + shard.first).T.double()  # float64 holds every id
-    values, ids = _Gather(best.flatten(0, 1), loop.group).wait().unflatten(1, (2, k)).transpose(0, 1)  # [tp, k, S] each
+    values, ids = Gather(best.flatten(0, 1), loop.group).wait().unflatten(1, (2, k)).transpose(0, 1)  # [tp, k, S] each
     order = values.flatten(0, 1).topk(k, 0).indices  # [k, S]
     return ids.flatten(0, 1).gather(0, order).long().T.contiguous()
 
@@ -190,13 +190,13 @@ class _LinearTopKDivergence(torch.autograd.Function):
         log_q: torch.Tensor,
         target_ids: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        loop = _Loop.of(plan, student_hidden, student_head, None, None, target_ids)
+        loop = ChunkLoop.of(plan, student_hidden, student_head, None, None, target_ids)
         (num_rows, k), device = support_ids.shape, student_hidden.device
         column = _columns_of(support_ids, loop.shard)  # [S, k]
         partial = torch.empty(4 + k, num_rows, dtype=torch.float64, device=device)  # [4 + k, S] this shard
         for rows in loop.chunks(num_rows):
             partial[:, rows] = _read_chunk(loop, rows, column[rows])
-        parts = _Gather(partial, loop.group).wait()  # [tp, 4 + k, S]
+        parts = Gather(partial, loop.group).wait()  # [tp, 4 + k, S]
 
         rest, listed, target = Softmax.merge(parts[:, :4]), parts[:, 4:].amax(0), parts[:, 3].amax(0)
         logits = torch.cat([listed, (rest.max + rest.log_total)[None]])  # [k + 1, S]
@@ -228,7 +228,7 @@ class _LinearTopKDivergence(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor, _grad_statistics: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         student_hidden, student_head, column, rows_table, slope = ctx.saved_tensors
         is_idle = grad_loss == 0  # [S] rows that must leave no trace, whatever they hold
-        loop = _Loop.of(ctx.plan, student_hidden.masked_fill(is_idle[:, None], 0), student_head, None, None, None)
+        loop = ChunkLoop.of(ctx.plan, student_hidden.masked_fill(is_idle[:, None], 0), student_head, None, None, None)
         loop.column = torch.full_like(grad_loss, -1, dtype=torch.int64)  # [S] nll without targets is the softmax
         row_scale = grad_loss.to(loop.dtype) / ctx.plan.student_temperature  # [S]
         slope = (slope * row_scale).masked_fill(is_idle, 0)  # [k + 1, S]
@@ -241,7 +241,7 @@ class _LinearTopKDivergence(torch.autograd.Function):
             _add_at(grad_logits, column[rows], slope[:-1, rows].T)
             loop.multiply(rows, grad_logits, grad_hidden, grad_head)
             del logits, grad_logits  # freed before the next chunk's are made
-        _sum_over_shards(grad_hidden, loop.group)
+        sum_over_shards(grad_hidden, loop.group)
         return (
             None,
             None,
@@ -253,7 +253,7 @@ class _LinearTopKDivergence(torch.autograd.Function):
         )
 
 
-def _read_chunk(loop: _Loop, rows: slice, column: torch.Tensor) -> torch.Tensor:
+def _read_chunk(loop: ChunkLoop, rows: slice, column: torch.Tensor) -> torch.Tensor:
     """One chunk's share of a shard, column [C, k] -> [4 + k, C] float64: maximum, total and centred sum of the columns
     that are not listed, the target's logit, and the listed logits, -inf for what other shards hold."""
     logits, _ = loop.project(rows)  # [C, columns]
@@ -265,7 +265,7 @@ def _read_chunk(loop: _Loop, rows: slice, column: torch.Tensor) -> torch.Tensor:
     return torch.cat([sums[:3], chosen[None], listed])
 
 
-def _logits_at(logits: torch.Tensor, column: torch.Tensor, loop: _Loop) -> torch.Tensor:
+def _logits_at(logits: torch.Tensor, column: torch.Tensor, loop: ChunkLoop) -> torch.Tensor:
     """Logits [C, columns] over the temperature at column [C, n] -> [n, C] float64; -inf where that is -1."""
     if not logits.shape[1]:
         return column.T.double().fill_(-torch.inf)
