@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megatron_tcod.ops.chunk_loop import Plan, Gather, ChunkLoop, sum_over_shards
+from megatron_tcod.ops.chunk_loop import ChunkLoop, Gather, Plan, sum_over_shards
 from megatron_tcod.ops.shard_sums import Softmax, unless_zero
 from megatron_tcod.ops.vocab_shard import VocabShard, group_rank, group_size
 
