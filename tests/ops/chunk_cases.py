@@ -30,9 +30,9 @@ def draw(
     """Student's and teacher's logits [rows, columns], `pad` elements between rows, the first `skip` elements in."""
     generator = torch.Generator().manual_seed(rows * 7919 + columns)
     student = std * torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    student[torch.arange(rows), torch.arange(rows) * 37 % columns] += 3 * std  # a language model's rows have a peak
     noise = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     teacher = std * noise if gap is None else student + gap * noise + 0.5
-    student[torch.arange(rows), torch.arange(rows) * 37 % columns] += 3 * std  # a language model's rows have a peak
     return tuple(_place(logits.to(dtype), device, pad, skip) for logits in (student, teacher))
 
 
@@ -106,11 +106,13 @@ def error(value: torch.Tensor, expected: torch.Tensor) -> float:
     return (value - expected).norm().item()
 
 
-def yardstick(ordinary: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype = torch.float32) -> float:
-    """What an ordinary fp32 computation gets wrong, and rounding the result to `dtype` once."""
+def yardstick(
+    ordinary: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype = torch.float32, roundings: float = 1.01
+) -> float:
+    """What an ordinary fp32 computation gets wrong, a few last digits of fp32, and rounding the result to `dtype` once."""
     finite = torch.where(expected.isfinite(), expected, 0).double()
     rounded = finite.to(dtype).double() - finite
-    return error(ordinary, expected) + 1.01 * rounded.norm().item() + 4 * EPS * finite.norm().item()
+    return error(ordinary, expected) + roundings * rounded.norm().item() + 8 * EPS * finite.norm().item()
 
 
 def read(backend: ModuleType, student, teacher, column, *, scales=(1.0, 1.0), packed=None) -> tuple[torch.Tensor, MergedSums]:
@@ -175,7 +177,8 @@ def check_gradient(
         kind=kind, out=out, **settings,
     )  # fmt: skip
     assert torch.equal(out[0].cpu(), torch.zeros_like(out[0].cpu()))
-    bound = yardstick(ordinary, expected, out.dtype)
+    is_cut_off = backend.name == "triton" and device == "cpu"  # Triton's interpreter does not round to bf16
+    bound = yardstick(ordinary, expected, out.dtype, roundings=2.5 if is_cut_off else 1.01)
     assert error(out, expected) <= bound, (kind, error(out, expected), bound)
 
 
@@ -239,7 +242,8 @@ def kl_of_models_that_nearly_agree_is_small_and_never_negative(backend, device) 
         for name, value in (("reverse_kl", sums.reverse_kl), ("forward_kl", sums.forward_kl)):
             assert (value >= 0).all(), (name, gap, value)
             assert value[0] == 0
-            noise = 3e-7 if dtype == torch.bfloat16 else 1e-3 * expected[name].max() + 1e-6 * gap
+            scale = 1 + expected[name].max()  # the pair without the peak on both sides does not agree at all
+            noise = 4 * EPS * scale if dtype == torch.bfloat16 else 1e-3 * expected[name].max() + 1e-6 * gap + 1e-14
             assert (value.cpu() - expected[name]).abs().max() <= noise, (name, gap, value, expected[name])
 
 
