@@ -67,6 +67,29 @@ def device_lines() -> list[str]:
     return [f"{'device':<20} CPU with {os.cpu_count()} cores, backend gloo ({reason})"]
 
 
+def native_lines() -> list[str]:
+    """What the build left, and who will do the arithmetic on logits."""
+    import torch
+
+    from megatron_tcod.ops import backends, native
+
+    lines = []
+    for module, cost in (("_C", "plain torch is slower on a CPU"), ("_C_cuda", "Triton or plain torch take its place")):
+        reason, info = native.missing(module), native.build_info().get(module, {})
+        if reason is not None:
+            lines.append(f"{module:<20} {'-':<14} {reason}; {cost}")
+        elif module == "_C":
+            kernels = native.load(module)
+            threads = "OpenMP" if kernels.has_openmp else "no OpenMP, so one thread"
+            lines.append(f"{module:<20} {kernels.isa():<14} of {', '.join(kernels.isas())}; {threads}")
+        else:
+            lines.append(f"{module:<20} {'CUDA ' + info.get('toolkit', '?'):<14} for {', '.join(info.get('archs', ['?']))}")
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        backend = backends.choose("auto", device=device, dtype=torch.float32)
+        lines.append(f"{'divergence':<20} {backend.name:<14} on {device}")
+    return lines
+
+
 def main(argv: list[str]) -> int:
     if argv in (["--help"], ["-h"]):
         print(__doc__)
@@ -78,8 +101,7 @@ def main(argv: list[str]) -> int:
     print(f"{'python':<20} {sys.version.split()[0]}")
     print("\n".join(lines))
     if version_of("torch"):
-        print("\n".join(device_lines()))
-    print(f"{'divergence':<20} torch          plain torch on every device")
+        print("\n".join(device_lines() + native_lines()))
     if not faults:
         from megatron_tcod.envs import ENVS
 
