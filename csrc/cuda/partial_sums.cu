@@ -8,7 +8,8 @@
 //
 // The excess sums. With w = e^a, v = e^b, g = a - b a term of E_s is w (e^-g - 1 + g) = v - w + w g. Half-precision
 // logits that differ do so by much, and the right side, added up over 8 columns, keeps the digits that there are; it is
-// cut at zero because the left side cannot be negative. For fp32 logits small gaps take the series in g instead.
+// cut at zero because the left side cannot be negative. For fp32 logits, and in loose columns, small gaps take the
+// series in g instead.
 // In moving from frames to maxima Z_t - Z_s = E_s - G_s is used where the models nearly agree: it has more digits.
 //
 // Whether one column holds both maxima is asked at the end: only a thread that met both can have met them in one column,
@@ -231,7 +232,7 @@ __device__ __forceinline__ void read_row(
         store_value(row.packed_student, TCOD_FP16, column, scaled_s[0]);
         store_value(row.packed_gap, TCOD_FP16, column, gap[0]);
       }
-      sums.add_pair<kDtype == TCOD_FP32, kIsGuarded>(a, b);
+      sums.add_pair<true, kIsGuarded>(a, b);
     } else {
       sums.add_student<kIsGuarded>(a);
     }

@@ -23,6 +23,9 @@ from megatron_tcod.ops.shard_sums import CENTRE, MergedSums
 
 EPS = torch.finfo(torch.float32).eps
 
+HARDWARE = 2.0**-22
+"""What a device's exponential and logarithm may be off (PTX ISA), for a row whose weights add up to one."""
+
 
 def draw(
     rows: int, columns: int, *, dtype: torch.dtype, device: str, gap: float | None, pad: int = 0, skip: int = 0, std=4.0
@@ -134,7 +137,7 @@ def check_statistics(backend: ModuleType, device: str, student, teacher, scales=
     expected = truth(student, teacher, column, scales=scales, dtype=torch.float64)
     ordinary = truth(student, teacher, column, scales=scales, dtype=torch.float32)
     for name, value in statistics(sums).items():
-        bound = yardstick(ordinary[name], expected[name])
+        bound = yardstick(ordinary[name], expected[name]) + HARDWARE * len(student) ** 0.5
         assert error(value, expected[name]) <= bound, (name, error(value, expected[name]), bound)
     assert (sums.reverse_kl >= 0).all() and (sums.forward_kl >= 0).all()
     alone, _ = read_student(backend, student, column, scales[0])
@@ -166,7 +169,7 @@ def check_gradient(
         losses = [reference.jsd(s.to(d) * scales[0], t.to(d) * scales[1], beta=beta) for d in (torch.float64, torch.float32)]
         from_student, from_teacher = backend.mixture_sums(student, teacher, table, **settings)
         loss = beta * from_teacher + (1 - beta) * from_student
-        bound = yardstick(losses[1], losses[0]) + 2 * EPS * rows**0.5  # what a device's logarithm may be off
+        bound = yardstick(losses[1], losses[0]) + HARDWARE * rows**0.5
         assert error(loss, losses[0]) <= bound, (error(loss, losses[0]), bound, losses)
     row_scale[0], expected[0], ordinary[0] = 0, 0, 0
     student[0, 1] = math.nan
