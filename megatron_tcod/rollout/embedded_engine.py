@@ -37,7 +37,8 @@ import torch
 from megatron_tcod.rollout.decoder import Decoder, DecoderShape
 from megatron_tcod.rollout.engine import Completion, Sampling
 from megatron_tcod.rollout.kv_slots import PrefillAttention
-from megatron_tcod.rollout.radix import Match, Node, RadixTree, common_length
+from megatron_tcod.rollout.prefix import PrefixLedger, PrefixReuse, Submitted, warm_waves
+from megatron_tcod.rollout.radix import Match, Node, RadixTree
 from megatron_tcod.rollout.running_rows import RunningRows
 
 SHARED_IN_BATCH = 32
@@ -59,6 +60,8 @@ class _Request:
     prompt: np.ndarray  # [N] int64
     sampling: Sampling
     future: asyncio.Future
+    asked: Submitted
+    """Its entry in the ledger."""
     row: int = -1
     num_cached: int = 0
     num_computed: int = 0
@@ -128,6 +131,7 @@ class EmbeddedEngine:
         self._waiting: deque[_Request] = deque()
         self._task: asyncio.Task | None = None
         self._is_released = False
+        self._ledger = PrefixLedger()
         self._drop_state()
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Completion:
@@ -140,22 +144,21 @@ class EmbeddedEngine:
             raise RuntimeError("the engine holds no weights (never loaded, or released); call load_weights first")
         prompt = self._check(prompt_ids, sampling)
         loop = asyncio.get_running_loop()
-        request = _Request(prompt, sampling, loop.create_future())
+        request = _Request(prompt, sampling, loop.create_future(), self._ledger.submit(prompt, sampling))
         self._waiting.append(request)
         if self._task is None or self._task.done():
             self._task = loop.create_task(self._run(), name="embedded_engine")
         return await request.future
 
     async def prewarm(self, prefixes: Iterable[list[int]]) -> None:
-        """See `engine.RolloutEngine`. What all prefixes share is computed first, once; then they go together."""
-        unique = [np.asarray(ids, dtype=np.int64) for ids in dict.fromkeys(tuple(p) for p in prefixes) if ids]
-        if not unique:
-            return
+        """See `engine.RolloutEngine`. What several prefixes share is computed first, once."""
         once = Sampling(max_new_tokens=0)
-        shared = min(common_length(unique[0], other) for other in unique)
-        if len(unique) > 1 and shared >= SHARED_IN_BATCH:
-            await self.generate(unique[0][:shared].tolist(), once)
-        await asyncio.gather(*(self.generate(ids.tolist(), once) for ids in unique))
+        for wave in warm_waves([list(prefix) for prefix in prefixes], least=SHARED_IN_BATCH):
+            await asyncio.gather(*(self.generate(ids, once) for ids in wave))
+
+    def take_prefix_reuse(self) -> PrefixReuse:
+        """What its cache did since the last call; `prefix.py` defines the counts."""
+        return self._ledger.take()
 
     @contextmanager
     def released(self) -> Iterator[None]:
@@ -164,6 +167,7 @@ class EmbeddedEngine:
         self._decoder.release_weights()
         self._rows = None
         self._tree.flush()
+        self._ledger.flush()
         self._is_released = True
         try:
             yield
@@ -216,6 +220,7 @@ class EmbeddedEngine:
     def _drop_state(self) -> None:
         """No request, no cached KV."""
         self._tree = RadixTree()
+        self._ledger.flush()
         self._rows: RunningRows | None = None  # built when first needed, so that released() really frees it
         self._running: list[_Request | None] = [None] * self.max_running
         self._num_running = 0
@@ -368,6 +373,7 @@ class EmbeddedEngine:
             weight_version=self.version,
             input_logprobs=self._score(request),
         )
+        self._ledger.finish(request.asked, completion)
         request.future.set_result(completion)
 
     def _enter_tree(self, request: _Request, tokens: np.ndarray) -> None:

@@ -28,7 +28,6 @@ import asyncio
 import hashlib
 import logging
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -38,12 +37,13 @@ from typing import Any, TypeVar
 from megatron_tcod.envs.base import Environment, EnvironmentFamily, EnvironmentFault, Step
 from megatron_tcod.rollout.chat import TurnTokenizer
 from megatron_tcod.rollout.engine import RolloutEngine, Sampling
+from megatron_tcod.rollout.prefix import plan_prefixes
 from megatron_tcod.rollout.transcript import HISTORY_MODES, Transcript
 from megatron_tcod.trajectory import Demonstration, DemonstrationTurn, Episode, Task, Turn, TurnWindow
 
 ACTION_FORMATS = ("plain", "tags")
 SHORTEST_PREWARM = 32
-"""Prefixes shared by all first prompts are warmed on their own from this many tokens on."""
+"""A prefix of first prompts is warmed where that saves at least so many tokens."""
 
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
@@ -104,12 +104,14 @@ async def collect_episodes(
     step: int,
     env_options: dict[str, Any] | None = None,
     max_open: int | None = None,
+    prefix_budget: int | None = None,
 ) -> list[Episode]:
     """Play `assignments` concurrently and return their episodes in the same order.
 
-    All environments are opened and replayed first, then every first prompt that several episodes share is computed once,
-    then all students play. At most `max_open` environments are open at a time (default: all). Environments with a true
-    attribute `blocking` run in threads of their own.
+    All environments are opened and replayed first, then what first prompts share is computed once, then all students
+    play; with `prefix_budget`, the tokens that the engine's cache can hold, in groups that fit it (`prefix.py`). At most
+    `max_open` environments are open at a time (default: all). Environments with a true attribute `blocking` run in
+    threads of their own.
     """
     episodes: list[Episode] = []
     at_once = max_open or max(len(assignments), 1)
@@ -120,10 +122,7 @@ async def collect_episodes(
             plays = [_Play(table, assignment) for assignment in assignments[start : start + at_once]]
             try:
                 await _all(play.open() for play in plays)
-                prefixes = _shared_prefixes([play.prompt for play in plays if play.can_answer])
-                if prefixes:
-                    await engine.prewarm(prefixes)
-                episodes += await _all(play.run() for play in plays)
+                episodes += await _fan_out(plays, engine, budget=prefix_budget, room=settings.max_new_tokens)
             finally:
                 await _all(play.close() for play in plays)
     return episodes
@@ -179,15 +178,16 @@ async def _all(coroutines: Any) -> list[Any]:
         raise
 
 
-def _shared_prefixes(prompts: list[list[int]]) -> list[list[int]]:
-    """What is worth computing before the students fan out: the part all prompts share, and prompts that recur."""
-    if len(prompts) < 2:
-        return []
-    first, last = min(prompts), max(prompts)
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    recurring = [list(prompt) for prompt, count in Counter(map(tuple, prompts)).items() if count > 1]
-    everything = [first[:shared]] if shared >= SHORTEST_PREWARM else []
-    return everything + recurring
+async def _fan_out(plays: list[_Play], engine: RolloutEngine, *, budget: int | None, room: int) -> list[Episode]:
+    """Let opened plays run, group by group, after what the prompts of a group share is computed once."""
+    answering = [play for play in plays if play.can_answer]
+    episodes = {play: await play.run() for play in plays if not play.can_answer}
+    for group in plan_prefixes([play.prompt for play in answering], budget=budget, room=room, worth=SHORTEST_PREWARM):
+        if group.prefixes:
+            await engine.prewarm(group.prefixes)
+        members = [answering[index] for index in group.members]
+        episodes |= zip(members, await _all(play.run() for play in members), strict=True)
+    return [episodes[play] for play in plays]
 
 
 @dataclass(frozen=True)
