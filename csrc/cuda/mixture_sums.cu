@@ -3,8 +3,7 @@
 // Of a column's two probabilities let `big` be the larger, small = big e, e = 2^-d with d the difference of their
 // logarithms to base 2, and c the weight of the smaller in m. Then log2(m / big) = log2(1 - c + c e) =: y <= 0 and
 // log2(m / small) = y + d: three fast exponentials and logarithms for both terms, nothing overflows, and a probability
-// of zero needs no special case as long as d is finite. For fp32 logits, which take longer to read, the logarithm is
-// exact to the last digit, and where they differ by little y comes from its series.
+// of zero needs no special case as long as d is finite. Where fp32 logits differ by little, y comes from its series.
 
 #include "rows.cuh"
 
@@ -15,7 +14,7 @@ constexpr float kLargestDifference = 1000;  // e is zero from 150 on
 
 template <int kDtype, bool kIsPacked>
 struct Mixture {
-  static constexpr bool kIsExact = kDtype == TCOD_FP32;
+  static constexpr bool kHasSeries = kDtype == TCOD_FP32;
   float student_scale, teacher_scale, student_max, teacher_max;
   float student_log2_total, teacher_log2_total;
   float offset;  // what log p_T - log p_S has beside the shifted logits
@@ -47,8 +46,8 @@ struct Mixture {
     const float ratio = exp2_fast(-difference);
     const bool is_teacher_big = delta > 0;
     const float mixture = is_teacher_big ? fmaf(share, ratio, beta) : fmaf(beta, ratio, share);  // m / big
-    float y = kIsExact ? kLog2e * logf(mixture) : log2_fast(mixture);
-    if (kIsExact && fabsf(delta) < kSmallDelta) y = kLog2e * (series(delta) - fmaxf(delta, 0));
+    float y = log2_fast(mixture);
+    if (kHasSeries && fabsf(delta) < kSmallDelta) y = kLog2e * (series(delta) - fmaxf(delta, 0));
     const float of_big = big * y, of_small = big * ratio * (y + difference);
     from_student += is_teacher_big ? of_small : of_big;
     from_teacher += is_teacher_big ? of_big : of_small;

@@ -125,7 +125,7 @@ def mixture_sums(
         teacher_scale,
         beta,
         IS_PACKED=is_packed,
-        HAS_FAST_LOG=_has_fast_log(student),
+        HAS_FAST_LOG=not is_interpreted(),
         **_tile(student),
     )
     return sums
@@ -174,7 +174,7 @@ def logits_gradient(
         KIND=kind,
         IS_PACKED=is_packed,
         HAS_SERIES=student.dtype == torch.float32,
-        HAS_FAST_LOG=_has_fast_log(student),
+        HAS_FAST_LOG=student.dtype != torch.float32 and not is_interpreted(),
         BLOCK=GRADIENT_BLOCK,
     )
 
@@ -186,10 +186,6 @@ def _device() -> str:
 def _tile(student: torch.Tensor) -> dict[str, int | bool]:
     """A lane's columns are 16 bytes. fp32 logits take the series, for which there is time while they are read."""
     return {"HAS_SERIES": student.dtype == torch.float32, "LANES": LANES, "VECTOR": 16 // student.element_size()}
-
-
-def _has_fast_log(student: torch.Tensor) -> bool:
-    return student.dtype != torch.float32 and not is_interpreted()
 
 
 def _launch(kernel, student: torch.Tensor, *args: torch.Tensor | float | None, **settings: int | bool | str) -> None:

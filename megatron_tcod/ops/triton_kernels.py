@@ -88,9 +88,9 @@ def _pack(s, t, packed_student, packed_gap, offset, mask):
 @triton.jit
 def _expm1(x):
     """float64; by its series near zero."""
-    series = 1.0 + x / 11
+    series = 1.0 + x * (1 / 11)
     for i in tl.static_range(9):
-        series = 1.0 + x / (10 - i) * series
+        series = 1.0 + x * (1 / (10 - i)) * series
     return tl.where(tl.abs(x) < 0.25, x * series, tl.exp(x) - 1)
 
 
@@ -98,7 +98,7 @@ def _expm1(x):
 def _not_below_bound(excess, total, difference):
     """E / Z >= r - log1p(r) with r = difference / Z: KL is not negative."""
     r = difference / total
-    bracket = 0.5 + r * (-1 / 3 + r * (0.25 + r * (-0.2 + r * (1 / 6 + r * (-1 / 7 + r / 8)))))
+    bracket = 0.5 + r * (-1 / 3 + r * (0.25 + r * (-0.2 + r * (1 / 6 + r * (-1 / 7 + r * 0.125)))))
     bound = total * r * r * bracket * (1 + 1e-6)
     return tl.where((tl.abs(r) < 0.05) & (excess < bound), bound, excess)
 
@@ -251,10 +251,9 @@ def partial_sums_kernel(
     c_s = tl.sum(centred_s.to(tl.float64), 0)
     student_shift = tl.where(is_good, student_frame.to(tl.float64) - student_top.to(tl.float64), 0.0)
     factor_s = tl.exp(student_shift)
-    sums += row
-    tl.store(sums, tl.where(z_s == z_s, student_top.to(tl.float64), z_s))
-    tl.store(sums + sums_stride, factor_s * z_s)
-    tl.store(sums + 2 * sums_stride, factor_s * (c_s + student_shift * z_s))
+    tl.store(sums + row, tl.where(z_s == z_s, student_top.to(tl.float64), z_s))
+    tl.store(sums + sums_stride + row, factor_s * z_s)
+    tl.store(sums + 2 * sums_stride + row, factor_s * (c_s + student_shift * z_s))
     if HAS_COLUMN:
         target = tl.load(column + row)
     else:
@@ -262,7 +261,7 @@ def partial_sums_kernel(
     is_here = (target >= 0) & (target < columns)
     absent = tl.where(target < 0, NONE, float("nan"))
     logit = tl.load(student + target, mask=is_here, other=0.0).to(tl.float32) * student_scale
-    tl.store(sums + 3 * sums_stride, tl.where(is_here, logit, absent).to(tl.float64))
+    tl.store(sums + 3 * sums_stride + row, tl.where(is_here, logit, absent).to(tl.float64))
     if HAS_TEACHER:
         z_t = tl.sum(total_t.to(tl.float64), 0)
         c_t = tl.sum(centred_t.to(tl.float64), 0)
@@ -282,15 +281,15 @@ def partial_sums_kernel(
         c_t = factor_t * (c_t + teacher_shift * z_t)
         z_s = factor_s * z_s
         z_t = factor_t * z_t
-        tl.store(sums + 4 * sums_stride, tl.where(z_t == z_t, teacher_top.to(tl.float64), z_t))
-        tl.store(sums + 5 * sums_stride, z_t)
-        tl.store(sums + 6 * sums_stride, c_t)
+        tl.store(sums + 4 * sums_stride + row, tl.where(z_t == z_t, teacher_top.to(tl.float64), z_t))
+        tl.store(sums + 5 * sums_stride + row, z_t)
+        tl.store(sums + 6 * sums_stride + row, c_t)
         logit = tl.load(teacher + target, mask=is_here, other=0.0).to(tl.float32) * teacher_scale
-        tl.store(sums + 7 * sums_stride, tl.where(is_here, logit, absent).to(tl.float64))
-        tl.store(sums + 8 * sums_stride, g_s)
-        tl.store(sums + 9 * sums_stride, g_t)
-        tl.store(sums + 10 * sums_stride, _not_below_bound(e_s, z_s, z_t - z_s))
-        tl.store(sums + 11 * sums_stride, _not_below_bound(e_t, z_t, z_s - z_t))
+        tl.store(sums + 7 * sums_stride + row, tl.where(is_here, logit, absent).to(tl.float64))
+        tl.store(sums + 8 * sums_stride + row, g_s)
+        tl.store(sums + 9 * sums_stride + row, g_t)
+        tl.store(sums + 10 * sums_stride + row, _not_below_bound(e_s, z_s, z_t - z_s))
+        tl.store(sums + 11 * sums_stride + row, _not_below_bound(e_t, z_t, z_s - z_t))
         # only a lane that met both maxima can have met them in one column
         student_raw = tl.where(student_raw > NONE, student_raw, float("nan"))
         teacher_raw = tl.where(teacher_raw > NONE, teacher_raw, float("nan"))
@@ -305,7 +304,7 @@ def partial_sums_kernel(
                 s = tl.load(student + at, mask=at < columns, other=NONE).to(tl.float32)
                 t = tl.load(teacher + at, mask=at < columns, other=NONE).to(tl.float32)
                 is_shared += tl.sum(((s == student_raw) & (t == teacher_raw)).to(tl.int32))
-        tl.store(sums + 12 * sums_stride, tl.where(is_shared > 0, 1.0, 0.0).to(tl.float64))
+        tl.store(sums + 12 * sums_stride + row, tl.where(is_shared > 0, 1.0, 0.0).to(tl.float64))
 
 
 @triton.jit
