@@ -1,7 +1,10 @@
 """The compiled CPU backend: the contract's cases on every instruction set, and what only compiled code can get wrong."""
 
 import math
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from megatron_tcod.ops import cpp_chunk, logits_chunk, native, reference
 from megatron_tcod.ops.divergence import KINDS, linear_divergence
 from megatron_tcod.ops.shard_sums import CENTRE, MergedSums
 
+ROOT = Path(__file__).parents[2]
 KERNELS = native.load("_C")
 EPS = torch.finfo(torch.float32).eps
 SCALES = {"student_scale": 1.0, "teacher_scale": 1.0}
@@ -173,6 +177,20 @@ def test_rising_logits_move_the_sums_at_every_block(isa: str):
     for row in range(3):
         for name in ("reverse_kl", "forward_kl"):
             _assert_no_worse(name, *(getattr(merged, name)[row] for merged in (sums, usual, truth)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_huge_logits_over_a_temperature_that_rounds_keep_their_differences(kind: str, isa: str):
+    """Scaled logits are rounded once, and so is their maximum; a kernel that shifts exact products would be off by 1e-4."""
+    student, teacher = _pair(8, 509, gap=0.3)
+    student, teacher = student + 8192, teacher - 8192
+    settings = {"kind": kind, "scales": {"student_scale": 0.7, "teacher_scale": 1.3}}
+    scaled = [(logits * scale).double() for logits, scale in zip((student, teacher), (0.7, 1.3), strict=True)]
+    sums, _, gradient = _everything(cpp_chunk, student, teacher, **settings)
+    usual, _, usual_gradient = _everything(logits_chunk, student, teacher, **settings)
+    truth, _, true_gradient = _everything(logits_chunk, *scaled, kind=kind)
+    _assert_no_worse("reverse_kl", sums.reverse_kl, usual.reverse_kl, truth.reverse_kl)
+    _assert_no_worse("gradient", gradient, usual_gradient, true_gradient)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -368,3 +386,10 @@ def test_output_that_overlaps_an_input_is_refused_and_one_between_its_rows_is_no
 def test_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="instruction set 'mmx' is unknown or not on this machine; it runs .*portable"):
         KERNELS.select_isa("mmx")
+
+
+@pytest.mark.slow
+def test_fuzzing_under_sanitizers_finds_nothing():
+    command = [sys.executable, str(ROOT / "tools" / "fuzz_native.py"), "--seconds", "20"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0 and "no difference" in run.stdout, run.stdout[-500:] + run.stderr[-3000:]
