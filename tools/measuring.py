@@ -25,8 +25,8 @@ def measure(
 
     `prepare(i)` gives the arguments of run i, outside the clock, and `warm()` is called once before: a run, or a small one
     where that loads and builds as much. On a CPU runs are repeated up to 7 times while they have taken less than 1.5 s
-    together, and at least twice unless one takes more than 8 s; on a device 20 times, with its second-level cache
-    overwritten before each.
+    together, and at least twice unless one takes more than 12 s; the lower of two is their median. On a device they are
+    repeated 20 times, with its second-level cache overwritten before each.
     """
     warm()
     if device == "cuda":
@@ -36,12 +36,12 @@ def measure(
     out = step(*arguments)
     times, peak, kept = [time.process_time() - start], memory.grown(), keep(out)
     del out
-    while (len(times) < 7 and sum(times) < 1.5) or (len(times) < 2 and sum(times) < 8):
+    while (len(times) < 7 and sum(times) < 1.5) or (len(times) < 2 and sum(times) < 12):
         arguments = prepare(len(times))
         start = time.process_time()
         step(*arguments)
         times.append(time.process_time() - start)
-    return kept, 1e3 * statistics.median(times), peak
+    return kept, 1e3 * statistics.median_low(times), peak
 
 
 def _measure_cuda(prepare: Callable[[int], tuple], step: Callable, keep: Callable) -> tuple[Any, float, int]:
@@ -66,21 +66,60 @@ def _measure_cuda(prepare: Callable[[int], tuple], step: Callable, keep: Callabl
 
 
 class PeakMemory:
-    """Resident memory of this process from now on; Linux only, elsewhere `grown` is None."""
+    """Resident memory of this process from now on; on Linux with glibc, elsewhere `grown` is None.
+
+    By default glibc keeps freed blocks below 32 MiB for itself, now one more and now one less. Until `grown` is asked it
+    gets every block of a megabyte from the system and gives it back when it is freed, so that resident is what lives.
+    """
 
     def __init__(self) -> None:
         gc.collect()
         try:
-            ctypes.CDLL(None).malloc_trim(0)
+            self._libc = ctypes.CDLL(None)
+            self._libc.malloc.restype, self._libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+            self._libc.mallinfo2.restype = _Mallinfo
+            self._kept = self._take_kept_blocks()
+            self._ask_system_from(1 << 20)
+            self._libc.malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident
             self._before = self._status("VmRSS")
         except (OSError, AttributeError):
             self._before = None
 
     def grown(self) -> int | None:
-        return None if self._before is None else max(self._status("VmHWM") - self._before, 0)
+        if self._before is None:
+            return None
+        grown = max(self._status("VmHWM") - self._before, 0)
+        for block in self._kept:
+            self._libc.free(block)
+        self._ask_system_from(32 << 20)
+        return grown
+
+    def _take_kept_blocks(self) -> list[int]:
+        """Occupy, without touching it, what earlier runs left free in the heap: it would be handed out first."""
+        self._ask_system_from(32 << 20)
+        blocks = []
+        for size in (16 << 20, 1 << 20):
+            while True:
+                heap = self._libc.mallinfo2().arena
+                block = self._libc.malloc(size)
+                if self._libc.mallinfo2().arena > heap:  # nothing of this size was left
+                    self._libc.free(block)
+                    break
+                blocks.append(block)
+        return blocks
+
+    def _ask_system_from(self, size: int) -> None:
+        self._libc.mallopt(-3, size)  # M_MMAP_THRESHOLD
+        self._libc.mallopt(-1, 2 * size)  # M_TRIM_THRESHOLD
 
     @staticmethod
     def _status(name: str) -> int:
         line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
         return 1024 * int(line.split()[1])
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's struct mallinfo2: `arena` counts the bytes of the heap."""
+
+    _fields_ = [("arena", ctypes.c_size_t), ("others", ctypes.c_size_t * 9)]
