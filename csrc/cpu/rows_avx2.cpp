@@ -1,4 +1,5 @@
-// Row kernels for AVX2, FMA and F16C. The pragma, and not a flag, turns the instructions on, so that the build needs no flags a file.
+// Row kernels for AVX2, FMA and F16C. A pragma turns the instructions on, so that the build
+// needs no flags for single files.
 
 #if defined(__x86_64__)
 

@@ -209,6 +209,18 @@ def test_in_place_is_out_of_place_and_idle_rows_are_zeros(kind: str, dtype: torc
         assert torch.equal(student, apart)
 
 
+def test_exponential_is_exact_to_two_units_in_the_last_place(isa: str):
+    """The gradient of nll beside the target is e^x for a table of zeros."""
+    x = torch.cat([torch.linspace(-87.3, 0, 100_001), -torch.logspace(-8, 1, 10_001)])[None]  # [1, columns]
+    out, table, elsewhere = torch.empty_like(x), torch.zeros(5, 1, dtype=torch.float64), torch.tensor([-1])
+    settings = {**SCALES, "kind": "nll", "beta": 0.5}
+    cpp_chunk.logits_gradient(x, None, table, torch.ones(1), elsewhere, out=out, **settings)
+    truth = x.double().exp()
+    unit = torch.finfo(torch.float32).eps * 2.0 ** truth.log2().floor()
+    worst = ((out.double() - truth).abs() / unit).max().item()
+    assert worst < 2, worst
+
+
 def test_fp16_and_bf16_conversions_are_those_of_torch(isa: str):
     """Every fp16 and bf16 there is, and fp32 next to every rounding boundary, through the gradient of forward KL."""
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int16)
