@@ -1,0 +1,494 @@
+"""A rollout engine over one or several SGLang servers.
+
+    servers = [launch(model_path, run_directory=run, flags={...})]
+    engine = SGLangEngine(servers, FromTensor(), vocab_size=151_665, max_context=16_384)
+    engine.load_weights(student.hf_weights(), version=0)
+    completion = await engine.generate(prompt_ids, Sampling(max_new_tokens=32, seed=7, stop_token_ids=(2,)))
+    engine.close()                                            # the servers are the caller's to stop
+
+It keeps the contract of `engine.RolloutEngine` as the embedded engine does. Where SGLang differs:
+
+* a seed fixes the tokens only where the server runs with --enable-deterministic-inference (logged once otherwise);
+* a greedy completion's log-probabilities are those of temperature 1, as the embedded engine's;
+* the model's own end-of-text ids (config.json, generation_config.json) end a completion too, as `stop`;
+* head rows from `vocab_size` on are masked by a logit bias in sampling and in the sampled tokens' log-probabilities; prompt
+  log-probabilities include them.
+
+Weights. `load_weights` pauses the servers (running requests are put back and computed again), updates them
+(`weight_sync.py`), flushes, has them prove what they hold by checksum or by a probe's log-probabilities, and resumes.
+Until that has succeeded the engine does not generate. Every request carries the version as cache salt, so that a prefix
+of older weights is never reused even if a flush was lost, and every answer names the versions of its tokens: one that is
+not within `max_staleness` of the engine's is refused with StaleWeights and counted.
+
+Servers. A request goes where most of its prompt is cached, or else to the server with least to do. A server that was
+launched here and died is restarted once for all who wait, gets the last weights again, proves them, and the requests that
+died with it are repeated; nothing but tokens is lost. Attached servers are not restarted.
+
+A thread with an event loop of its own does the talking, so that one engine serves any number of `asyncio.run` calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_tcod.rollout.engine import Completion, Sampling
+from megatron_tcod.rollout.prefix import PrefixLedger, PrefixReuse, warm_waves
+from megatron_tcod.rollout.sglang_client import Answer, RolloutError, ServerUnreachable, SGLangClient, StreamBroken
+from megatron_tcod.rollout.sglang_server import Server
+from megatron_tcod.rollout.weight_sync import Expected, Link, UnprovenWeights, WeightSync
+
+logger = logging.getLogger(__name__)
+
+WARM_AT_LEAST = 32
+"""Shared runs of fewer tokens are computed again rather than warmed in a wave of their own."""
+ROUTE_CHUNK = 64
+"""Tokens per step of the table that remembers which server computed a prompt."""
+SPILL = 8
+"""A server may have so many more requests in flight than the idlest before its cached prefixes no longer attract."""
+
+
+class StaleWeights(RolloutError):
+    """An answer from weights other than the expected ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What the trainer's own forward says about a sequence.
+
+    Example: `Probe(token_ids=[5, 6, 7], logprobs=[-1.2, -0.4], tolerance=1e-4)`
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    """[N - 1] of each token but the first, at temperature 1, over all head rows."""
+    tolerance: float
+    """Largest allowed absolute difference; 1e-4 for fp32, some tenths for bf16."""
+
+
+@dataclass
+class EngineCounters:
+    """What the engine did since it was built. Warm-ups are requests too."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    sampled_tokens: int = 0
+    refused_stale: int = 0
+    restarts: int = 0
+    repeated: int = 0
+    """Requests asked again because their server died."""
+    unproven_updates: int = 0
+    """Weight updates after which a server could prove nothing."""
+
+
+class SGLangEngine:
+    """Implements `engine.RolloutEngine`; see the module docstring."""
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        sync: WeightSync | None,
+        *,
+        vocab_size: int,
+        max_context: int,
+        head_rows: int | None = None,
+        max_concurrent: int = 256,
+        deadline_s: float = 600.0,
+        update_deadline_s: float = 600.0,
+        max_staleness: int = 0,
+        is_updater: bool = True,
+        probe: Callable[[], Probe] | None = None,
+        client_type: type[SGLangClient] = SGLangClient,
+    ) -> None:
+        """`vocab_size` real ids of `head_rows` (default: the same). `max_concurrent` requests per server.
+
+        `sync` None: the servers keep the weights of their model path, which count as version 0, and `load_weights` is an
+        error. `is_updater` False: another rank's engine updates the same servers; this one only waits for the version.
+        `probe` gives the trainer's own numbers after an update, on the rank that calls `load_weights`.
+        """
+        if not servers:
+            raise ValueError("need at least one server")
+        rows = vocab_size if head_rows is None else head_rows
+        if not 0 < vocab_size <= rows or max_context < 2:
+            raise ValueError(f"need 0 < vocab_size <= head_rows and max_context >= 2: {vocab_size}, {rows}, {max_context}")
+        self.vocab_size, self.max_context = vocab_size, max_context
+        self.version = -1 if sync else 0
+        self.counters = EngineCounters()
+        self._servers, self._sync = list(servers), sync
+        self._masked = tuple(range(vocab_size, rows))
+        self._max_staleness, self._is_updater, self._probe = max_staleness, is_updater, probe
+        self._update_deadline_s = update_deadline_s
+        self._is_ready, self._is_released = sync is None, False
+        self._num_in_flight = 0
+        self._expected: Expected | None = None
+        self._last_probe: Probe | None = None
+        self._ledger, self._router = PrefixLedger(), PrefixRouter(len(self._servers))
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sglang_engine", daemon=True)
+        self._thread.start()
+        self._limits = dict(max_concurrent=max_concurrent, deadline_s=deadline_s, control_deadline_s=update_deadline_s)
+        self._client_type = client_type
+        try:
+            self._links = [self._connect(server) for server in self._servers]
+        except BaseException:
+            self._stop_loop()
+            raise
+        self._reviving = [asyncio.Lock() for _ in self._servers]
+        self._log_features()
+
+    async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Completion:
+        """See `engine.RolloutEngine`. `max_new_tokens=0` computes the prompt and returns no ids.
+
+        Raises ValueError for a request that cannot be served, RuntimeError without proven weights, StaleWeights, and
+        the errors of `sglang_client.py`.
+        """
+        (completion,) = await self.generate_samples(prompt_ids, [sampling])
+        return completion
+
+    async def generate_samples(self, prompt_ids: list[int], samplings: Sequence[Sampling]) -> list[Completion]:
+        """Several completions of one prompt, which is computed once.
+
+        One request with n samples where the samplings differ in their seeds only and the server ignores those;
+        else the prompt is warmed and the samples follow.
+        """
+        if not self._is_ready:
+            raise RuntimeError(
+                "the engine has no proven weights (never loaded, released, or refused); call load_weights first"
+            )
+        for sampling in samplings:
+            self._check(prompt_ids, sampling)
+        first = samplings[0]
+        if len(samplings) == 1:
+            return await self._in_loop(self._generate(prompt_ids, first, 1))
+        is_alike = len({repr(dict(vars(one), seed=0)) for one in samplings}) == 1
+        if is_alike and not any(link.features.has_seeds for link in self._links):
+            return await self._in_loop(self._generate(prompt_ids, first, len(samplings)))
+        await self.prewarm([prompt_ids])
+        return list(await asyncio.gather(*(self.generate(prompt_ids, one) for one in samplings)))
+
+    async def prewarm(self, prefixes: Iterable[list[int]]) -> None:
+        """See `engine.RolloutEngine`. What several prefixes share is computed first, once."""
+        once = Sampling(max_new_tokens=0)
+        for wave in warm_waves([list(prefix) for prefix in prefixes], least=WARM_AT_LEAST):
+            await asyncio.gather(*(self.generate(ids, once) for ids in wave))
+
+    def take_prefix_reuse(self) -> PrefixReuse:
+        """What the servers' caches did since the last call; `prefix.py` defines the counts."""
+        return self._ledger.take()
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """See `engine.RolloutEngine`. Frees GPU memory where the servers run with --enable-memory-saver, and flushes
+        elsewhere. After the block the engine waits for `load_weights`."""
+        self._require_idle("be released")
+        self._is_ready, self._is_released = False, True
+        released: list[Link] = []
+        try:
+            if self._is_updater:
+                self._flush()
+                for link in self._links:
+                    if link.features.has_memory_saver:
+                        link.call(link.client.release_memory())
+                        released.append(link)
+            yield
+        finally:
+            for link in released:  # and no other: a server that released nothing dies of it
+                link.call(link.client.resume_memory())
+            self._is_released = False
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """See `engine.RolloutEngine`. Blocks until the servers have proven the weights.
+
+        Raises UnprovenWeights, or the errors of `sglang_client.py`; the engine does not generate then.
+        """
+        if self._sync is None:
+            raise RuntimeError("this engine's servers keep the weights they were started with")
+        if self._is_released:
+            raise RuntimeError("load_weights inside released(): leave the block first, the memory is the trainer's there")
+        if not self._max_staleness:
+            self._require_idle("take weights")
+        self._is_ready = False
+        if self._is_updater:
+            self._update(weights, version)
+        else:
+            for _ in weights:  # reading them may be collective
+                pass
+            self._await_version(version)
+        self._last_probe = self._probe() if self._probe else None
+        self.version = version
+        for link in self._links:
+            self._start(self._prove_by_probe(link)).result()
+        self._start(self._forget_prefixes()).result()
+        self._is_ready = True
+
+    def close(self) -> None:
+        """Close the connections. The servers run on."""
+        for link in self._links:
+            link.call(link.client.close())
+        if self._sync is not None:
+            self._sync.close()
+        self._stop_loop()
+
+    # What runs in the engine's own loop.
+
+    async def _generate(self, prompt_ids: list[int], sampling: Sampling, num_samples: int) -> list[Completion]:
+        """Ask a server; again when the one that was asked has died and was restarted."""
+        self._num_in_flight += 1
+        try:
+            asked = [self._ledger.submit(prompt_ids, sampling) for _ in range(num_samples)]
+            answers = await self._ask(prompt_ids, sampling, num_samples)
+            completions = [self._accept(answer) for answer in answers]
+            for one, completion in zip(asked, completions, strict=True):
+                self._ledger.finish(one, completion)
+            return completions
+        finally:
+            self._num_in_flight -= 1
+
+    async def _ask(self, prompt_ids: list[int], sampling: Sampling, num_samples: int) -> list[Answer]:
+        request_id = uuid.uuid4().hex[:16]
+        index = self._router.choose(prompt_ids, [link.client.num_in_flight for link in self._links])
+        link, is_repeated = self._links[index], False
+        while True:
+            generation = link.generation
+            try:
+                return await link.client.generate(
+                    prompt_ids,
+                    sampling,
+                    request_id=request_id,
+                    features=link.features,
+                    salt=f"v{self.version}",
+                    masked_ids=self._masked,
+                    num_samples=num_samples,
+                )
+            except (ServerUnreachable, StreamBroken) as error:
+                if is_repeated or not await self._revive(index, generation):
+                    raise
+                logger.warning("%s; asked again", error)
+                is_repeated = True
+                self.counters.repeated += 1
+
+    async def _revive(self, index: int, generation: int) -> bool:
+        """Whether the server has been restarted since `generation`, by this call or by another request's."""
+        server, link = self._servers[index], self._links[index]
+        async with self._reviving[index]:
+            if link.generation != generation:
+                return True
+            for _ in range(30):  # the connection breaks before the process is gone
+                if not server.is_alive:
+                    break
+                await asyncio.sleep(0.1)
+            else:
+                return False
+            if not server.is_ours:
+                return False
+            logger.warning("server %s died; restarting it", server.url)
+            await link.client.close()
+            await asyncio.to_thread(server.restart)
+            self.counters.restarts += 1
+            link.client = self._client_of(server)
+            link.features = await link.client.features()
+            if self._sync is not None:
+                await asyncio.to_thread(self._sync.restore, link, self.version)
+                await link.client.flush(self._update_deadline_s)
+                await self._prove(link)
+                await self._prove_by_probe(link)
+            link.generation += 1
+            return True
+
+    def _accept(self, answer: Answer) -> Completion:
+        """An answer as a Completion; StaleWeights unless all of its tokens are from weights that are young enough."""
+        oldest = self.version
+        if self._sync is not None:
+            allowed = range(self.version - self._max_staleness, self.version + 1)
+            names = {str(version): version for version in allowed}
+            strange = [name for name in answer.versions if name not in names]
+            if strange:
+                self.counters.refused_stale += 1
+                message = f"tokens of weights {', '.join(answer.versions)}, expected {self.version} (staleness at most"
+                raise StaleWeights(f"{message} {self._max_staleness})", server=self._links[0].client.url)
+            oldest = min(names[name] for name in answer.versions)
+        counters = self.counters
+        counters.requests += 1
+        counters.prompt_tokens += answer.prompt_tokens
+        counters.cached_tokens += answer.cached_tokens
+        counters.computed_tokens += answer.prompt_tokens - answer.cached_tokens
+        counters.sampled_tokens += len(answer.token_ids)
+        return Completion(
+            token_ids=answer.token_ids,
+            logprobs=answer.logprobs,
+            finish_reason=answer.finish_reason,
+            cached_tokens=answer.cached_tokens,
+            prompt_tokens=answer.prompt_tokens,
+            weight_version=oldest,
+            input_logprobs=answer.input_logprobs,
+        )
+
+    async def _prove(self, link: Link) -> None:
+        """UnprovenWeights unless every tensor that a checksum can tell about is the trainer's."""
+        if self._expected is None or not self._expected.can_tell:
+            return
+        unknown = self._expected.compare(await link.client.checksums())
+        if unknown and not self._probe:
+            logger.warning("%s: checksums tell nothing about %s; give a probe", link.client.url, unknown[:3])
+
+    async def _prove_by_probe(self, link: Link) -> None:
+        """UnprovenWeights unless the server gives the probe's tokens the trainer's log-probabilities."""
+        probe = self._last_probe
+        if probe is None:
+            if self._is_updater and not self._expected.can_tell:
+                self.counters.unproven_updates += 1
+                logger.warning("%s cannot prove its weights (several ranks or no checksums); give a probe", link.client.url)
+            return
+        once = Sampling(max_new_tokens=0, logprob_start_len=0)
+        (answer,) = await link.client.generate(
+            probe.token_ids, once, request_id=f"probe-{self.version}", features=link.features, salt=f"v{self.version}"
+        )
+        worst = max(abs(ours - theirs) for ours, theirs in zip(probe.logprobs, answer.input_logprobs[1:], strict=True))
+        if not worst <= probe.tolerance:
+            raise UnprovenWeights(
+                f"{link.client.url}: the probe's log-probabilities are {worst:.2e} from the trainer's, allowed are "
+                f"{probe.tolerance:.0e}; the update was lost or the server computes something else"
+            )
+
+    async def _forget_prefixes(self) -> None:
+        self._ledger.flush()
+        self._router = PrefixRouter(len(self._links))
+
+    # What runs in the caller's thread.
+
+    def _update(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Pause, push, flush, prove, resume."""
+        paused: list[Link] = []
+        try:
+            for link in self._links:
+                link.call(link.client.pause())
+                paused.append(link)
+            self._expected = self._sync.push(self._links, weights, version)
+            self._flush()
+            for link in self._links:
+                link.call(self._prove(link))
+        finally:
+            for link in paused:
+                link.call(link.client.resume())
+
+    def _flush(self) -> None:
+        for link in self._links:
+            link.call(link.client.flush(self._update_deadline_s))
+        self._start(self._forget_prefixes()).result()
+
+    def _await_version(self, version: int) -> None:
+        deadline = time.monotonic() + self._update_deadline_s
+        for link in self._links:
+            while link.call(link.client.weight_version()) != str(version):
+                if time.monotonic() > deadline:
+                    raise UnprovenWeights(f"{link.client.url} did not take version {version}; did its updater fail?")
+                time.sleep(0.05)
+
+    def _check(self, prompt_ids: list[int], sampling: Sampling) -> None:
+        """ValueError for what SGLang would refuse, cut short, or, for ids beyond its vocabulary, die of."""
+        prompt = np.asarray(prompt_ids, dtype=np.int64)
+        if prompt.ndim != 1 or not len(prompt):
+            raise ValueError("prompt_ids must hold at least one id")
+        if prompt.min() < 0 or prompt.max() >= self.vocab_size:
+            raise ValueError(f"prompt_ids must lie in [0, {self.vocab_size}), got [{prompt.min()}, {prompt.max()}]")
+        total = len(prompt) + sampling.max_new_tokens
+        if sampling.max_new_tokens < 0 or total > self.max_context:
+            raise ValueError(
+                f"prompt of {len(prompt)} + max_new_tokens {sampling.max_new_tokens} must fit max_context "
+                f"{self.max_context}; raise max_context or end the episode earlier"
+            )
+        if not -1 <= sampling.logprob_start_len < len(prompt):
+            raise ValueError(f"logprob_start_len {sampling.logprob_start_len} must lie in [-1, {len(prompt)})")
+        if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k == 0 or sampling.top_k < -1:
+            raise ValueError(
+                f"need temperature >= 0, 0 < top_p <= 1 and top_k -1 or >= 1, got temperature "
+                f"{sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}"
+            )
+
+    def _require_idle(self, what: str) -> None:
+        if self._num_in_flight:
+            raise RuntimeError(
+                f"the engine cannot {what} while {self._num_in_flight} requests are in flight; await them first"
+            )
+
+    def _connect(self, server: Server) -> Link:
+        client = self._client_of(server)
+        try:
+            features = self._start(client.features()).result()
+        except BaseException:
+            self._start(client.close()).result()
+            raise
+        room = features.max_input_tokens
+        if room and room < self.max_context:
+            raise ValueError(
+                f"{server.url} takes prompts of {room} tokens, max_context is {self.max_context}; start it with a "
+                "context_length some tokens above max_context"
+            )
+        return Link(client=client, features=features, start=self._start)
+
+    def _client_of(self, server: Server) -> SGLangClient:
+        return self._client_type(server.url, api_key=server.api_key, admin_key=server.admin_key, **self._limits)
+
+    def _log_features(self) -> None:
+        for link in self._links:
+            if not link.features.has_seeds:
+                logger.warning(
+                    "%s ignores seeds; start it with enable_deterministic_inference for runs that repeat", link.client.url
+                )
+            if not link.features.salt_field:
+                logger.warning("%s has no cache salt; only the flush after an update keeps old prefixes out", link.client.url)
+
+    def _start(self, coroutine: Coroutine[Any, Any, Any]) -> Future:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    async def _in_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Await from the caller's loop; a cancelled caller cancels the request and the server drops it."""
+        return await asyncio.wrap_future(self._start(coroutine))
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class PrefixRouter:
+    """Remembers which server computed which beginning of a prompt, in steps of ROUTE_CHUNK tokens.
+
+    A prompt goes to the server of its longest known beginning where that is at least half of it (a system prompt that all
+    share attracts nobody), unless that server is SPILL requests busier than another.
+    """
+
+    def __init__(self, num_servers: int) -> None:
+        self._num_servers = num_servers
+        self._server_of: dict[bytes, int] = {}
+
+    def choose(self, prompt_ids: list[int], num_in_flight: list[int]) -> int:
+        if self._num_servers == 1:
+            return 0
+        ids = np.asarray(prompt_ids, dtype=np.int64)
+        digest, digests = hashlib.blake2b(digest_size=16), []
+        for start in range(0, len(ids) - ROUTE_CHUNK + 1, ROUTE_CHUNK):
+            digest.update(ids[start : start + ROUTE_CHUNK].tobytes())
+            digests.append(digest.digest())
+        idlest = min(range(self._num_servers), key=num_in_flight.__getitem__)
+        known = next((i for i in reversed(range(len(digests))) if digests[i] in self._server_of), -1)
+        chosen = idlest
+        if 2 * (known + 1) * ROUTE_CHUNK >= len(ids):
+            home = self._server_of[digests[known]]
+            chosen = home if num_in_flight[home] - num_in_flight[idlest] <= SPILL else idlest
+        self._server_of.update(dict.fromkeys(digests, chosen))
+        return chosen

@@ -1,0 +1,282 @@
+"""The SGLang client and engine against a server that misbehaves: named errors, in time, and nobody else is hurt."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("aiohttp")
+
+from sglang_faults import FaultyServer, expected_ids  # noqa: E402  needs aiohttp
+
+from megatron_tcod.rollout.engine import Sampling  # noqa: E402
+from megatron_tcod.rollout.sglang_client import (  # noqa: E402
+    DeadlineExceeded,
+    GarbledAnswer,
+    LogprobMismatch,
+    ServerError,
+    ServerUnreachable,
+    StreamBroken,
+    TruncatedAnswer,
+    WrongTokenCount,
+)
+from megatron_tcod.rollout.sglang_engine import PrefixRouter, Probe, SGLangEngine, StaleWeights  # noqa: E402
+from megatron_tcod.rollout.sglang_server import attach  # noqa: E402
+from megatron_tcod.rollout.weight_sync import FromDisk, UnprovenWeights  # noqa: E402
+
+DEADLINE_S = 2.0
+FAULTS = {
+    "error_500": ServerError,
+    "garbage": GarbledAnswer,
+    "half_body": TruncatedAnswer,
+    "hang": DeadlineExceeded,
+    "death": StreamBroken,
+    "token_count": WrongTokenCount,
+    "logprob_length": LogprobMismatch,
+}
+
+
+class Stage:
+    """A faulty server in a thread of its own, and an engine over it that holds version 3."""
+
+    def __init__(self, tmp_path, *, engine_options=None, **server_options) -> None:
+        self.server = FaultyServer(**server_options)
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        url = self.run(self.server.start())
+        options = dict(vocab_size=97, max_context=256, deadline_s=DEADLINE_S) | (engine_options or {})
+        keys = {name: server_options.get(name, "") for name in ("api_key", "admin_key")}
+        self.engine = SGLangEngine([attach(url, **keys)], FromDisk(tmp_path / "weights", tmp_path), **options)
+        self.engine.load_weights(weights(), version=3)
+
+    def run(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    def close(self) -> None:
+        self.engine.close()
+        self.run(self.server.stop())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+
+@pytest.fixture
+def stage(tmp_path, request):
+    made = Stage(tmp_path, **getattr(request, "param", {}))
+    yield made
+    made.close()
+
+
+def weights():
+    yield "model.norm.weight", torch.ones(4)
+
+
+def gather(engine, prompts, **options):
+    """Results or errors of all prompts at once, each with its seconds; request i has seed i."""
+
+    async def timed(prompt, seed):
+        started = time.monotonic()
+        try:
+            result = await engine.generate(prompt, Sampling(**({"max_new_tokens": 5, "seed": seed} | options)))
+        except Exception as error:
+            result = error
+        return result, time.monotonic() - started
+
+    async def play():
+        return await asyncio.gather(*(timed(prompt, seed) for seed, prompt in enumerate(prompts)))
+
+    return asyncio.run(play())
+
+
+def assert_right(prompt, seed, completion, version="3"):
+    assert not isinstance(completion, Exception), completion
+    assert completion.token_ids == expected_ids(prompt, seed, version, 5)
+    assert completion.weight_version == int(version)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_a_named_error_in_time_and_other_requests_do_not_notice(stage, fault):
+    stage.server.faults[13] = fault
+    prompts = [[1, 2, 3], [13, 4], [5, 6], [7]]
+    stage.engine._links[0].client._retry_s = 1.0
+    results = gather(stage.engine, prompts)
+    error, seconds = results[1]
+    assert type(error) is FAULTS[fault], error
+    assert error.server == stage.engine._links[0].client.url and len(error.request_id) == 16
+    assert seconds < DEADLINE_S + 5
+    assert set(stage.server.fired) == {fault}
+    assert (len(stage.server.fired) > 1) == (fault == "error_500")  # only what may pass is asked again
+    for seed, prompt in enumerate(prompts):
+        if prompt[0] != 13:
+            assert_right(prompt, seed, results[seed][0])
+
+
+def test_refused_connections_are_a_named_error_and_running_requests_finish(stage):
+    stage.server.delay_s = 1.0
+    client = stage.engine._links[0].client
+    client._retry_s = 1.0
+
+    async def play():
+        running = [asyncio.ensure_future(stage.engine.generate([i], Sampling(max_new_tokens=5, seed=i))) for i in range(3)]
+        while stage.server.most_at_once < 3:
+            await asyncio.sleep(0.01)
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(stage.server.refuse(), stage.loop))
+        started = time.monotonic()
+        with pytest.raises(ServerUnreachable, match="cannot connect"):
+            await stage.engine.generate([9], Sampling(max_new_tokens=5))
+        return await asyncio.gather(*running), time.monotonic() - started
+
+    completions, seconds = asyncio.run(play())
+    assert seconds < DEADLINE_S + 5
+    assert stage.server.fired == ["refused"] and client.num_retries > 0
+    for seed, completion in enumerate(completions):
+        assert_right([seed], seed, completion)
+
+
+def test_a_failure_that_passes_costs_only_time(stage):
+    stage.server.faults[13], stage.server.num_faults_left = "error_500", 2
+    ((completion, _),) = gather(stage.engine, [[13, 4]])
+    assert_right([13, 4], 0, completion)
+    assert stage.server.fired == ["error_500"] * 2
+
+
+def test_a_server_that_comes_back_answers_what_was_refused(stage):
+    async def play():
+        port = stage.server.port
+        loop_of = lambda coroutine: asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, stage.loop))  # noqa: E731
+        await loop_of(stage.server.refuse())
+        await asyncio.sleep(2.1)  # idle connections are older than the client keeps them
+        asked = asyncio.ensure_future(stage.engine.generate([9], Sampling(max_new_tokens=5)))
+        await asyncio.sleep(0.3)
+        assert not asked.done()
+        await loop_of(stage.server.listen(port))
+        return await asked
+
+    assert_right([9], 0, asyncio.run(play()))
+
+
+def test_a_refused_key_is_an_error_at_once(tmp_path):
+    made = Stage(tmp_path, api_key="right", admin_key="right too")
+    try:
+        ((completion, _),) = gather(made.engine, [[1]])
+        assert_right([1], 0, completion)
+        made.engine._links[0].client._api_key = "wrong"
+        ((error, seconds),) = gather(made.engine, [[1]])
+        assert isinstance(error, ServerError) and error.status == 401 and seconds < 1
+    finally:
+        made.close()
+
+
+def test_an_answer_of_other_weights_is_refused_and_counted(stage):
+    stage.server.faults[13] = "stale"
+    results = gather(stage.engine, [[1, 2], [13, 4], [5]])
+    assert isinstance(results[1][0], StaleWeights) and "weights 41, expected 3" in str(results[1][0])
+    assert stage.engine.counters.refused_stale == 1 and stage.server.fired == ["stale"]
+    assert_right([1, 2], 0, results[0][0])
+    assert_right([5], 2, results[2][0])
+
+
+@pytest.mark.parametrize("stage", [dict(engine_options=dict(max_staleness=1))], indirect=True)
+def test_bounded_staleness_accepts_the_version_before_and_no_older_one(stage):
+    stage.engine.load_weights(weights(), version=4)
+    stage.server.version = "3"
+    ((completion, _),) = gather(stage.engine, [[1]])
+    assert_right([1], 0, completion, version="3")
+    stage.server.version = "2"
+    ((error, _),) = gather(stage.engine, [[1]])
+    assert isinstance(error, StaleWeights)
+
+
+@pytest.mark.parametrize("stage", [dict(engine_options=dict(max_concurrent=3))], indirect=True)
+def test_no_more_requests_than_allowed_are_with_the_server(stage):
+    stage.server.delay_s = 0.05
+    prompts = [[i, i] for i in range(20)]
+    for seed, (completion, _) in enumerate(gather(stage.engine, prompts)):
+        assert_right(prompts[seed], seed, completion)
+    assert stage.server.most_at_once == 3
+
+
+def test_cancelled_callers_give_their_place_back(stage):
+    stage.server.faults[13] = "hang"
+
+    async def play():
+        task = asyncio.ensure_future(stage.engine.generate([13], Sampling(max_new_tokens=5)))
+        while not stage.server.fired:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        while stage.engine._num_in_flight:
+            await asyncio.sleep(0.01)
+        return await stage.engine.generate([1], Sampling(max_new_tokens=5))
+
+    assert_right([1], 0, asyncio.run(asyncio.wait_for(play(), 10)))
+    assert stage.engine._links[0].client.num_in_flight == 0
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_an_update_pauses_flushes_and_resumes_in_the_order_that_the_server_survives(tmp_path, is_new):
+    made = Stage(tmp_path, is_new=is_new)
+    try:
+        order = ["pause_generation", "update_weights_from_disk", "flush_cache", "continue_generation"]
+        assert made.server.calls == order
+        gather(made.engine, [[1]])
+        assert made.server.salts == ["v3"]
+        assert made.engine._links[0].features.has_update_session == is_new
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize("has_memory_saver", [True, False])
+def test_released_resumes_only_what_it_released(tmp_path, has_memory_saver):
+    made = Stage(tmp_path, has_memory_saver=has_memory_saver)
+    try:
+        made.server.calls.clear()
+        with made.engine.released():
+            with pytest.raises(RuntimeError, match="no proven weights"):
+                asyncio.run(made.engine.generate([1], Sampling(max_new_tokens=5)))
+            with pytest.raises(RuntimeError, match="leave the block first"):
+                made.engine.load_weights(weights(), version=4)
+        memory = ["release_memory_occupation", "resume_memory_occupation"] if has_memory_saver else []
+        assert made.server.calls == ["flush_cache", *memory]
+        with pytest.raises(RuntimeError, match="call load_weights first"):
+            asyncio.run(made.engine.generate([1], Sampling(max_new_tokens=5)))
+        made.engine.load_weights(weights(), version=4)
+        ((completion, _),) = gather(made.engine, [[1]])
+        assert_right([1], 0, completion, version="4")
+    finally:
+        made.close()
+
+
+def test_weights_that_fail_the_probe_are_not_used(stage):
+    stage.engine._probe = lambda: Probe(token_ids=[1, 2, 3], logprobs=[-1.0, -1.2], tolerance=1e-4)
+    with pytest.raises(UnprovenWeights, match="2.00e-01 from the trainer's"):
+        stage.engine.load_weights(weights(), version=4)
+    with pytest.raises(RuntimeError, match="no proven weights"):
+        asyncio.run(stage.engine.generate([1], Sampling(max_new_tokens=5)))
+    stage.engine._probe = lambda: Probe(token_ids=[1, 2, 3], logprobs=[-1.0, -1.0], tolerance=1e-4)
+    stage.engine.load_weights(weights(), version=5)
+    assert_right([1], 0, gather(stage.engine, [[1]])[0][0], version="5")
+
+
+def test_an_engine_that_does_not_update_waits_for_the_version(stage):
+    link = stage.engine._links[0]
+    follower = SGLangEngine(
+        [attach(link.client.url)], stage.engine._sync, vocab_size=97, max_context=256, is_updater=False, update_deadline_s=0.3
+    )
+    consumed = []
+    follower.load_weights((consumed.append(name) or (name, tensor) for name, tensor in weights()), version=3)
+    assert consumed == ["model.norm.weight"] and follower.version == 3
+    with pytest.raises(UnprovenWeights, match="did not take version 4"):
+        follower.load_weights(weights(), version=4)
+    follower.close()
+
+
+def test_a_prompt_goes_where_most_of_it_was_computed_unless_that_server_is_busy():
+    router, task = PrefixRouter(2), list(range(640))
+    assert router.choose(task, [0, 0]) == 0
+    assert router.choose([*range(64), *range(1000, 1576)], [1, 0]) == 1  # shares a system prompt only
+    assert router.choose([*task, 7, 8], [5, 0]) == 0
+    assert router.choose([*task, 7, 8], [20, 0]) == 1
