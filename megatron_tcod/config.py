@@ -200,7 +200,9 @@ class EvaluationConfig:
     eval_tasks: int | None = Field(default=None, ge=1)
     """Tasks played, from the start of the split; by default all."""
     eval_interval: int = Field(default=0, ge=0)
-    """Optimizer steps between evaluations during training; 0 for none. One is always made at the end."""
+    """Optimizer steps between evaluations during training; 0 for none."""
+    eval_at_end: bool = True
+    """Evaluate after the last step."""
     eval_temperature: float = Field(default=0.4, ge=0)
     """0 is greedy."""
     eval_seed: int = 7

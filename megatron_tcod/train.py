@@ -159,7 +159,8 @@ def train(config: Config) -> None:
             records.write_step(step, episodes, microbatches, stats, clock.take())
             finish_step(run, records, step + 1)
             clock.take()
-        if start >= config.training.train_iters and not evaluation_path(directory, start).exists():
+        is_evaluated = not config.evaluation.eval_at_end or evaluation_path(directory, start).exists()
+        if start >= config.training.train_iters and not is_evaluated:
             finish_step(run, records, start)
 
 
@@ -186,7 +187,7 @@ def finish_step(run: Assembly, records: RunRecords, done: int) -> None:
     training, evaluation = run.config.training, run.config.evaluation
     is_last = done == training.train_iters
     is_due = evaluation.eval_interval and done % evaluation.eval_interval == 0
-    if is_last or is_due:
+    if (is_last and evaluation.eval_at_end) or is_due:
         result = evaluate(run, step=done)
         if parallel.rank() == 0:
             write_evaluation(evaluation_path(Path(training.save), done), result)

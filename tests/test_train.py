@@ -187,6 +187,13 @@ def test_evaluation_in_training_plays_the_weights_of_the_checkpoint(single_proce
     assert json.loads(untrained.read_text())["tasks"] != json.loads(output.read_text())["tasks"]
 
 
+def test_without_eval_at_end_a_finished_run_is_saved_and_not_evaluated(single_process, run_flags, tmp_path):
+    for _ in range(2):  # the second finds the run finished
+        main([*run_flags, "--no-eval-at-end"])
+        assert not list((tmp_path / "run").glob("evaluation/*"))
+        assert (tmp_path / "run" / "checkpoints" / "step_0000002" / "state.json").is_file()
+
+
 def test_evaluations_of_one_run_are_paired_and_have_intervals(single_process, run_flags, tmp_path, capsys):
     from megatron_tcod.evaluate import main as evaluate
 

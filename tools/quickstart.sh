@@ -68,11 +68,18 @@ distil f2b
 
 distil b2f --demonstrations $run/demonstrations.jsonl
 
+evaluate() { # configuration, model: those that were trained by SFT
+  [[ -f $run/$2.json ]] || launch megatron_tcod.evaluate --config "$examples/$1.toml" --student "$run/$2" --output "$run/$2.json"
+}
+
+say "evaluation of the teacher and of the start"
+evaluate teacher teacher-final
+evaluate warmstart start
+
 say "report"
 python -m megatron_tcod.report $run/full $run/f2b $run/b2f --output $run/report.html \
   --title "TCOD quickstart: one student, three curricula"
-python -m megatron_tcod.evaluate --compare \
-  "$(ls $run/teacher/evaluation/*.json | tail -1)" "$(ls $run/warmstart/evaluation/*.json | tail -1)" \
+python -m megatron_tcod.evaluate --compare $run/teacher-final.json $run/start.json \
   "$(ls $run/full/evaluation/*.json | tail -1)" "$(ls $run/f2b/evaluation/*.json | tail -1)" \
   "$(ls $run/b2f/evaluation/*.json | tail -1)"
 say "done: open $run/report.html"
