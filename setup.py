@@ -227,6 +227,7 @@ setup(
     extras_require={
         "alfworld": ["alfworld==0.4.2", "textworld==1.7.0", "fast_downward_textworld"],
         "tensorboard": ["tensorboard"],
+        "triton": ["triton>=3.6,<3.8; platform_system == 'Linux'"],  # a CUDA build of torch brings its own
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "scipy", "pybind11>=2.12", "setuptools>=77"],
     },
 )

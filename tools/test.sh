@@ -3,7 +3,7 @@
 # Without --all, tests marked slow, gpu, multigpu and sglang are left out; with it, those whose needs are met run too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-TCOD_EXTRAS=${TCOD_EXTRAS:-dev,alfworld}
+TCOD_EXTRAS=${TCOD_EXTRAS:-dev,alfworld,triton}
 source tools/environment.sh
 enter_environment
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
