@@ -1,8 +1,9 @@
 // One read of both logits into the 13 sums of megatron_tcod/ops/shard_sums.py, one block a row, no atomics.
 //
 // The sums need the row's maxima, which are known only at the end. So the block takes the maxima of the first columns
-// that its threads meet as the frame, sums e^(s - frame) and so on with nothing to rescale or compare on the way, and
-// thread 0 moves the results to the true maxima. A frame is good as long as the maximum is at most kHeadroom above it.
+// that its threads meet, and of the target's, which a sure model has sampled for being the largest, as the frame; sums
+// e^(s - frame) and so on with nothing to rescale or compare on the way; and thread 0 moves the results to the true
+// maxima, each nat between costing one part in 2^24. A frame is good if the maximum is at most kHeadroom above it.
 // If it was further, or if a sum is not finite (a NaN, or a product 0 * inf of a masked token), the block reads the row
 // again with the true maxima as the frame and with such products counted as zero. Rows of a language model do not.
 //
@@ -10,7 +11,8 @@
 // logits that differ do so by much, and the right side, added up over 8 columns, keeps the digits that there are; it is
 // cut at zero because the left side cannot be negative. For fp32 logits, and in loose columns, small gaps take the
 // series in g instead.
-// In moving from frames to maxima Z_t - Z_s = E_s - G_s is used where the models nearly agree: it has more digits.
+// E_s = Z_t - Z_s + G_s as such. In moving from frames to maxima it gives Z_t - Z_s more digits where models nearly
+// agree, and gives E_s where the two frames lie so differently below their maxima that moving E_s would leave no digit.
 //
 // Whether one column holds both maxima is asked at the end: only a thread that met both can have met them in one column,
 // and its warp looks through that thread's columns once more.
@@ -135,6 +137,20 @@ __device__ void sample_maxima(const Row<kDtype>& row, float& student, float& tea
     const int column = row.pieces.loose_column(i);
     student = row.student_at(column);
     if (kHasTeacher) teacher = row.teacher_at(column);
+  }
+}
+
+// Thread 0 writes the target's logits and adds them to its raw maxima.
+template <int kDtype, bool kHasTeacher>
+__device__ void take_target(const TcodPartialSums& args, const Row<kDtype>& row, int64_t at, float& student, float& teacher) {
+  const int64_t column = args.column == nullptr ? -1 : args.column[at];
+  const bool is_here = column >= 0 && column < row.pieces.columns;
+  const float absent = column < 0 ? -infinity() : float_of_bits(0x7fffffffu);  // beyond the row: not a number
+  if (is_here) student = max_nan(student, row.student_at(column));
+  args.sums[3 * args.sums_stride + at] = is_here ? row.student_at(column) * row.student_scale : absent;
+  if constexpr (kHasTeacher) {
+    if (is_here) teacher = max_nan(teacher, row.teacher_at(column));
+    args.sums[7 * args.sums_stride + at] = is_here ? row.teacher_at(column) * row.teacher_scale : absent;
   }
 }
 
@@ -272,12 +288,13 @@ __device__ bool is_shared_top(
   return any_in_block(is_shared);
 }
 
-// At least KL cannot be less than zero: E / Z >= r - log1p(r) with r = other / Z - 1, near zero by its series.
+// KL cannot be less than zero: E / Z >= r - log1p(r) with r = other / Z - 1, near zero by its series; and a little more,
+// for the rounding of whoever subtracts the two.
 __device__ double not_below_bound(double excess, double total, double difference) {
   const double r = difference / total;
   if (!(fabs(r) < 0.05)) return excess;
   const double bracket = 0.5 + r * (-1. / 3 + r * (0.25 + r * (-0.2 + r * (1. / 6 + r * (-1. / 7 + r / 8)))));
-  const double bound = total * r * r * bracket * (1 + 1e-6);
+  const double bound = total * (r * r * bracket * (1 + 1e-6) + 4e-16 * fabs(r));
   return excess < bound ? bound : excess;
 }
 
@@ -291,24 +308,34 @@ __device__ void move_student(double shift, double& total, double& centred) {
 __device__ void move_pair(double student_shift, double teacher_shift, double (&sums)[kNumShifted]) {
   double &total_s = sums[0], &centred_s = sums[1], &total_t = sums[2], &centred_t = sums[3];
   double &gap_s = sums[4], &gap_t = sums[5], &excess_s = sums[6], &excess_t = sums[7];
-  if (fabs(excess_s - gap_s) < 0.5 * total_s) total_t = total_s + (excess_s - gap_s);
   const double shift = student_shift - teacher_shift;
+  const bool is_near = fabs(shift) < 0.5;
+  if (is_near && fabs(gap_s) + excess_s < 0.5 * total_s) total_t = total_s + (excess_s - gap_s);
   const double less = expm1(-shift), more = expm1(shift);
-  const double factor_s = exp(student_shift), factor_t = factor_s * (1 + less);
-  excess_s = factor_s * (excess_s + total_s * shift + total_t * less);
-  excess_t = factor_t * (excess_t - total_t * shift + total_s * more);
+  const double factor_s = exp(student_shift), factor_t = exp(teacher_shift);
+  if (is_near) {
+    excess_s = factor_s * (excess_s + total_s * shift + total_t * less);
+    excess_t = factor_t * (excess_t - total_t * shift + total_s * more);
+  }
   gap_s = factor_s * (gap_s + shift * total_s);
   gap_t = factor_t * (gap_t + shift * total_t);
   centred_s = factor_s * (centred_s + student_shift * total_s);
   centred_t = factor_t * (centred_t + teacher_shift * total_t);
   total_s *= factor_s;
   total_t *= factor_t;
+  if (!is_near) {
+    excess_s = total_t - total_s + gap_s;
+    excess_t = total_s - total_t - gap_t;
+  }
   excess_s = not_below_bound(excess_s, total_s, total_t - total_s);
   excess_t = not_below_bound(excess_t, total_t, total_s - total_t);
 }
 
+// Blocks on one multiprocessor, which bound the registers of a thread: as many as fit without spilling.
+constexpr int blocks_at_once(int dtype, bool is_packing) { return dtype == TCOD_FP32 || is_packing ? 3 : 4; }
+
 template <int kDtype, bool kHasTeacher, bool kIsPacking>
-__global__ __launch_bounds__(kThreads, 4) void partial_sums_kernel(TcodPartialSums args) {
+__global__ __launch_bounds__(kThreads, blocks_at_once(kDtype, kIsPacking)) void partial_sums_kernel(TcodPartialSums args) {
   __shared__ BlockSum<kNumShifted> block;
   __shared__ float maxima[2 * kWarps];
   const int64_t at = block_index();
@@ -316,6 +343,7 @@ __global__ __launch_bounds__(kThreads, 4) void partial_sums_kernel(TcodPartialSu
 
   float student_frame, teacher_frame;
   sample_maxima<kDtype, kHasTeacher>(row, student_frame, teacher_frame);
+  if (thread_index() == 0) take_target<kDtype, kHasTeacher>(args, row, at, student_frame, teacher_frame);
   max_over_block(student_frame, teacher_frame, maxima);
   student_frame *= row.student_scale;
   teacher_frame *= row.teacher_scale;
@@ -343,9 +371,6 @@ __global__ __launch_bounds__(kThreads, 4) void partial_sums_kernel(TcodPartialSu
   if constexpr (kHasTeacher) is_shared = is_shared_top(row, own_student, own_teacher, student_raw, teacher_raw);
 
   if (thread_index() != 0) return;
-  const int64_t column = args.column == nullptr ? -1 : args.column[at];
-  const float absent = column < 0 ? -infinity() : float_of_bits(0x7fffffffu);  // beyond the row: not a number
-  const bool is_here = column >= 0 && column < row.pieces.columns;
   const double student_shift = is_good ? double(student_frame) - student_max : 0;
   const double teacher_shift = is_good ? double(teacher_frame) - teacher_max : 0;
   double* const out = args.sums + at;
@@ -355,7 +380,6 @@ __global__ __launch_bounds__(kThreads, 4) void partial_sums_kernel(TcodPartialSu
     out[4 * step] = teacher_max;
     out[5 * step] = block.sums[2];
     out[6 * step] = block.sums[3];
-    out[7 * step] = is_here ? row.teacher_at(column) * row.teacher_scale : absent;
     for (int i = 4; i < kNumShifted; ++i) out[(i + 4) * step] = block.sums[i];
     out[12 * step] = is_shared;
   } else {
@@ -364,7 +388,6 @@ __global__ __launch_bounds__(kThreads, 4) void partial_sums_kernel(TcodPartialSu
   out[0] = student_max;
   out[step] = block.sums[0];
   out[2 * step] = block.sums[1];
-  out[3 * step] = is_here ? row.student_at(column) * row.student_scale : absent;
 }
 
 template <int kDtype>

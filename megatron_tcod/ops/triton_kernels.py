@@ -1,9 +1,10 @@
 """The Triton kernels behind `ops/triton_chunk.py`, one program a row; importing this needs triton.
 
-The mathematics and its order are those of csrc/cuda: a frame taken from the first tile instead of running maxima, sums
-per lane over tiles [LANES, VECTOR] in which a thread holds a lane's VECTOR neighbouring columns, one reduction at the
-end in float64, and a second, guarded read of the rare row whose frame was bad or that holds an infinity or a NaN. The
-number of passes is the least there is: one for the sums, one more for the mixture of JSD, one for the gradient.
+The mathematics and its order are those of csrc/cuda: a frame taken from the first tile and the target instead of running
+maxima, sums per lane over tiles [LANES, VECTOR] in which a thread holds a lane's VECTOR neighbouring columns, one
+reduction at the end in float64, and a second, guarded read of the rare row whose frame was bad or that holds an infinity
+or a NaN. The number of passes is the least there is: one for the sums, one more for the mixture of JSD, one for the
+gradient.
 
 Pointers, all with last stride 1 and int64 offsets of rows:
     student, teacher  [C, columns] fp32, bf16 or fp16; packed: fp16 student and gap
@@ -99,7 +100,7 @@ def _not_below_bound(excess, total, difference):
     """E / Z >= r - log1p(r) with r = difference / Z: KL is not negative."""
     r = difference / total
     bracket = 0.5 + r * (-1 / 3 + r * (0.25 + r * (-0.2 + r * (1 / 6 + r * (-1 / 7 + r * 0.125)))))
-    bound = total * r * r * bracket * (1 + 1e-6)
+    bound = total * (r * r * bracket * (1 + 1e-6) + 4e-16 * tl.abs(r))
     return tl.where((tl.abs(r) < 0.05) & (excess < bound), bound, excess)
 
 
@@ -142,15 +143,25 @@ def partial_sums_kernel(
     offset = lanes[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]  # [LANES, VECTOR] columns of the first tile
     full = columns // TILE * TILE
 
+    if HAS_COLUMN:
+        target = tl.load(column + row)
+    else:
+        target = tl.full([], -1, tl.int64)
+    is_here = (target >= 0) & (target < columns)
+    absent = tl.where(target < 0, NONE, float("nan"))
     first = tl.load(student + offset, mask=offset < columns, other=NONE).to(tl.float32)
     student_max = tl.max(first, 1)  # [LANES] raw
-    student_frame = tl.max(student_max) * student_scale
+    student_target = tl.load(student + target, mask=is_here, other=NONE).to(tl.float32)
+    student_frame = tl.maximum(tl.max(student_max), student_target) * student_scale
+    tl.store(sums + 3 * sums_stride + row, tl.where(is_here, student_target * student_scale, absent).to(tl.float64))
     teacher_max = student_max
     teacher_frame = student_frame
     if HAS_TEACHER:
         first = tl.load(teacher + offset, mask=offset < columns, other=NONE).to(tl.float32)
         teacher_max = tl.max(first, 1)
-        teacher_frame = tl.max(teacher_max) * teacher_scale
+        teacher_target = tl.load(teacher + target, mask=is_here, other=NONE).to(tl.float32)
+        teacher_frame = tl.maximum(tl.max(teacher_max), teacher_target) * teacher_scale
+        tl.store(sums + 7 * sums_stride + row, tl.where(is_here, teacher_target * teacher_scale, absent).to(tl.float64))
 
     total_s = tl.zeros([LANES], tl.float32)
     centred_s = tl.zeros([LANES], tl.float32)
@@ -254,14 +265,6 @@ def partial_sums_kernel(
     tl.store(sums + row, tl.where(z_s == z_s, student_top.to(tl.float64), z_s))
     tl.store(sums + sums_stride + row, factor_s * z_s)
     tl.store(sums + 2 * sums_stride + row, factor_s * (c_s + student_shift * z_s))
-    if HAS_COLUMN:
-        target = tl.load(column + row)
-    else:
-        target = tl.full([], -1, tl.int64)
-    is_here = (target >= 0) & (target < columns)
-    absent = tl.where(target < 0, NONE, float("nan"))
-    logit = tl.load(student + target, mask=is_here, other=0.0).to(tl.float32) * student_scale
-    tl.store(sums + 3 * sums_stride + row, tl.where(is_here, logit, absent).to(tl.float64))
     if HAS_TEACHER:
         z_t = tl.sum(total_t.to(tl.float64), 0)
         c_t = tl.sum(centred_t.to(tl.float64), 0)
@@ -269,23 +272,25 @@ def partial_sums_kernel(
         g_t = tl.sum(gap_t.to(tl.float64), 0)
         e_s = tl.sum(excess_s.to(tl.float64), 0)
         e_t = tl.sum(excess_t.to(tl.float64), 0)
-        z_t = tl.where(tl.abs(e_s - g_s) < 0.5 * z_s, z_s + (e_s - g_s), z_t)  # near agreement it has more digits
         teacher_shift = tl.where(is_good, teacher_frame.to(tl.float64) - teacher_top.to(tl.float64), 0.0)
         shift = student_shift - teacher_shift
+        is_near = tl.abs(shift) < 0.5
+        has_digits = is_near & (tl.abs(g_s) + e_s < 0.5 * z_s)
+        z_t = tl.where(has_digits, z_s + (e_s - g_s), z_t)
         less = _expm1(-shift)
-        factor_t = factor_s * (1 + less)
-        e_s = factor_s * (e_s + z_s * shift + z_t * less)
-        e_t = factor_t * (e_t - z_t * shift + z_s * _expm1(shift))
+        factor_t = tl.exp(teacher_shift)
+        moved_s = factor_s * (e_s + z_s * shift + z_t * less)
+        moved_t = factor_t * (e_t - z_t * shift + z_s * _expm1(shift))
         g_s = factor_s * (g_s + shift * z_s)
         g_t = factor_t * (g_t + shift * z_t)
         c_t = factor_t * (c_t + teacher_shift * z_t)
         z_s = factor_s * z_s
         z_t = factor_t * z_t
+        e_s = tl.where(is_near, moved_s, z_t - z_s + g_s)
+        e_t = tl.where(is_near, moved_t, z_s - z_t - g_t)
         tl.store(sums + 4 * sums_stride + row, tl.where(z_t == z_t, teacher_top.to(tl.float64), z_t))
         tl.store(sums + 5 * sums_stride + row, z_t)
         tl.store(sums + 6 * sums_stride + row, c_t)
-        logit = tl.load(teacher + target, mask=is_here, other=0.0).to(tl.float32) * teacher_scale
-        tl.store(sums + 7 * sums_stride + row, tl.where(is_here, logit, absent).to(tl.float64))
         tl.store(sums + 8 * sums_stride + row, g_s)
         tl.store(sums + 9 * sums_stride + row, g_t)
         tl.store(sums + 10 * sums_stride + row, _not_below_bound(e_s, z_s, z_t - z_s))
