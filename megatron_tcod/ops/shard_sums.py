@@ -139,7 +139,8 @@ def _kl(gap: torch.Tensor, excess: torch.Tensor, total: torch.Tensor, other_tota
     """KL of p (whose sums these are) and the other distribution, [S] each -> [S]; see the module's derivation."""
     ratio = (other_total - total) / total
     log_ratio = torch.log1p(ratio)
-    return torch.where(ratio.abs() < 0.5, excess / total - (ratio - log_ratio), gap / total + log_ratio)
+    near = (excess / total - (ratio - log_ratio)).clamp(min=0)  # joining shards can leave -1e-16
+    return torch.where(ratio.abs() < 0.5, near, gap / total + log_ratio)
 
 
 def unless_zero(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
