@@ -199,6 +199,7 @@ EXTENSIONS = [
     Extension(
         f"{PACKAGE}._C_cuda",
         sources=files("csrc/bind_cuda.cpp", "csrc/cuda/*.cu"),
+        depends=files("csrc/include/*.h", "csrc/cuda/*.h", "csrc/cuda/*.cuh"),
         language="c++",
         optional=cuda_mode() != "1",
     ),
@@ -228,6 +229,7 @@ setup(
         "alfworld": ["alfworld==0.4.2", "textworld==1.7.0", "fast_downward_textworld"],
         "tensorboard": ["tensorboard"],
         "triton": ["triton>=3.6,<3.8; platform_system == 'Linux'"],  # a CUDA build of torch brings its own
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "scipy", "pybind11>=2.12", "setuptools>=77"],
+        "sglang": ["aiohttp"],  # to talk to servers, which have an environment of their own
+        "dev": ["aiohttp", "pytest", "pytest-timeout", "hypothesis", "ruff", "scipy", "pybind11>=2.12", "setuptools>=77"],
     },
 )

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "bind_logits.h"
 #include "cuda/runtime.h"
 #include "divergence_api.h"
 
@@ -16,31 +17,9 @@ namespace py = pybind11;
 
 namespace {
 
-template <class T>
-T* at(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 void check(const char* kernel, int error) {
   if (error == 0) return;
   throw std::runtime_error(std::string(kernel) + " did not start: " + tcod_cuda_error_string(error));
-}
-
-TcodLogits logits_of(std::uintptr_t student, std::uintptr_t teacher, int64_t student_row_stride,
-                     int64_t teacher_row_stride, int64_t rows, int64_t columns, int dtype, bool is_packed,
-                     double student_scale, double teacher_scale) {
-  TcodLogits logits = {};
-  logits.student = at<const void>(student);
-  logits.teacher = at<const void>(teacher);
-  logits.student_row_stride = student_row_stride;
-  logits.teacher_row_stride = teacher_row_stride;
-  logits.rows = rows;
-  logits.columns = columns;
-  logits.dtype = dtype;
-  logits.is_packed = is_packed;
-  logits.student_scale = static_cast<float>(student_scale);
-  logits.teacher_scale = static_cast<float>(teacher_scale);
-  return logits;
 }
 
 void partial_sums(const TcodLogits& logits, std::uintptr_t column, std::uintptr_t packed_student,

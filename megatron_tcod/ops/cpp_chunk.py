@@ -50,7 +50,7 @@ def partial_sums(
         native.check_packed(packed, student, teacher)
     sums = torch.empty(MergedSums.count(teacher is not None), student.shape[0], dtype=torch.float64)
     _kernels().partial_sums(
-        _logits(student, teacher, student_scale, teacher_scale, is_packed=False),
+        native.logits(_kernels(), student, teacher, student_scale, teacher_scale, is_packed=False),
         column=native.address(column),
         packed_student=0 if packed is None else native.address(packed[0]),
         packed_gap=0 if packed is None else native.address(packed[1]),
@@ -77,7 +77,7 @@ def mixture_sums(
     native.check_beta(beta)
     sums = torch.empty(2, student.shape[0], dtype=torch.float64)
     _kernels().mixture_sums(
-        _logits(student, teacher, student_scale, teacher_scale, is_packed=is_packed),
+        native.logits(_kernels(), student, teacher, student_scale, teacher_scale, is_packed=is_packed),
         table=rows_table.data_ptr(),
         table_stride=rows_table.stride(0),
         beta=beta,
@@ -111,7 +111,7 @@ def logits_gradient(
     if kind == "jsd":
         native.check_beta(beta)
     _kernels().logits_gradient(
-        _logits(student, teacher, student_scale, teacher_scale, is_packed=is_packed),
+        native.logits(_kernels(), student, teacher, student_scale, teacher_scale, is_packed=is_packed),
         table=rows_table.data_ptr(),
         table_stride=rows_table.stride(0),
         row_scale=row_scale.data_ptr(),
@@ -123,29 +123,3 @@ def logits_gradient(
         out_dtype=native.DTYPES[out.dtype],
         num_threads=torch.get_num_threads(),
     )
-
-
-def _logits(
-    student: torch.Tensor,
-    teacher: torch.Tensor | None,
-    student_scale: float,
-    teacher_scale: float,
-    *,
-    is_packed: bool,
-) -> Any:
-    """The struct TcodLogits; it holds addresses only, so the caller's tensors must outlive it."""
-    native.check_scales(student_scale, teacher_scale)
-    rows, columns = student.shape
-    return _kernels().Logits(
-        student=student.data_ptr(),
-        teacher=native.address(teacher),
-        student_row_stride=native.row_stride(student),
-        teacher_row_stride=0 if teacher is None else native.row_stride(teacher),
-        rows=rows,
-        columns=columns,
-        dtype=native.DTYPES[student.dtype],
-        is_packed=is_packed,
-        student_scale=student_scale,
-        teacher_scale=teacher_scale,
-    )
-

@@ -60,7 +60,7 @@ def partial_sums(
     native.check_column(column, student)
     if packed is not None:
         native.check_packed(packed, student, teacher)
-    logits = _logits(student, teacher, student_scale, teacher_scale, is_packed=False)
+    logits = native.logits(_kernels(), student, teacher, student_scale, teacher_scale, is_packed=False)
     sums = student.new_empty(MergedSums.count(teacher is not None), student.shape[0], dtype=torch.float64)
     with torch.cuda.device(student.device):
         _kernels().partial_sums(
@@ -89,7 +89,7 @@ def mixture_sums(
     _check_logits(student, teacher, is_packed=is_packed)
     native.check_table(rows_table, student)
     native.check_beta(beta)
-    logits = _logits(student, teacher, student_scale, teacher_scale, is_packed=is_packed)
+    logits = native.logits(_kernels(), student, teacher, student_scale, teacher_scale, is_packed=is_packed)
     sums = student.new_empty(2, student.shape[0], dtype=torch.float64)
     with torch.cuda.device(student.device):
         _kernels().mixture_sums(
@@ -126,7 +126,7 @@ def logits_gradient(
     native.check_out(out, student, teacher)
     if kind == "jsd":
         native.check_beta(beta)
-    logits = _logits(student, teacher, student_scale, teacher_scale, is_packed=is_packed)
+    logits = native.logits(_kernels(), student, teacher, student_scale, teacher_scale, is_packed=is_packed)
     with torch.cuda.device(student.device):
         _kernels().logits_gradient(
             logits,
@@ -151,28 +151,3 @@ def _check_logits(student: torch.Tensor, teacher: torch.Tensor | None, *, is_pac
 
 def _stream(tensor: torch.Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream
-
-
-def _logits(
-    student: torch.Tensor,
-    teacher: torch.Tensor | None,
-    student_scale: float,
-    teacher_scale: float,
-    *,
-    is_packed: bool,
-) -> Any:
-    """The struct TcodLogits; it holds addresses only, so the caller's tensors must outlive it."""
-    native.check_scales(student_scale, teacher_scale)
-    rows, columns = student.shape
-    return _kernels().Logits(
-        student=student.data_ptr(),
-        teacher=native.address(teacher),
-        student_row_stride=native.row_stride(student),
-        teacher_row_stride=0 if teacher is None else native.row_stride(teacher),
-        rows=rows,
-        columns=columns,
-        dtype=native.DTYPES[student.dtype],
-        is_packed=is_packed,
-        student_scale=student_scale,
-        teacher_scale=teacher_scale,
-    )

@@ -94,6 +94,32 @@ def check_logits(
         raise ValueError(f"teacher must be on {student.device} like the student, got {teacher.device}; move one")
 
 
+def logits(
+    kernels: Any,
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    student_scale: float,
+    teacher_scale: float,
+    *,
+    is_packed: bool,
+) -> Any:
+    """The struct TcodLogits of a native module; it holds addresses only, so the caller's tensors must outlive it."""
+    check_scales(student_scale, teacher_scale)
+    rows, columns = student.shape
+    return kernels.Logits(
+        student=student.data_ptr(),
+        teacher=address(teacher),
+        student_row_stride=row_stride(student),
+        teacher_row_stride=0 if teacher is None else row_stride(teacher),
+        rows=rows,
+        columns=columns,
+        dtype=DTYPES[student.dtype],
+        is_packed=is_packed,
+        student_scale=student_scale,
+        teacher_scale=teacher_scale,
+    )
+
+
 def check_scales(student_scale: float, teacher_scale: float) -> None:
     for argument, scale in (("student_scale", student_scale), ("teacher_scale", teacher_scale)):
         if not 0 < scale < float("inf"):
