@@ -160,9 +160,10 @@ def comparison_lines(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
         only_a, only_b = discordant(
             {key: solved_a[key] for key in shared}, {key: solved_b[key] for key in shared}
         )
+        p = mcnemar_exact(only_a, only_b)
         lines.append(
             f"{name_a} against {name_b} on {len(shared)} shared tasks: only the first solves {only_a}, only the second "
-            f"{only_b}; exact McNemar p = {mcnemar_exact(only_a, only_b):.4f}"
+            f"{only_b}; exact McNemar p {f'= {p:.4f}' if p >= 1e-4 else '< 0.0001'}"
         )
     return lines
 

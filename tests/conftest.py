@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def household_models(tmp_path_factory) -> Path:
-    """`student/`, `teacher/`: the quickstart's shapes and tokenizer with weights written by transformers."""
+    """`student/`, `teacher/`: the quickstart's shapes and tokenizer, weights written by transformers; a deeper teacher."""
     import torch
     import transformers
 
@@ -22,7 +22,7 @@ def household_models(tmp_path_factory) -> Path:
     subprocess.run([sys.executable, str(prepare), "--output", str(directory)], check=True, capture_output=True)
     for seed, name in enumerate(("student", "teacher")):
         path = directory / name
-        config = json.loads((path / "config.json").read_text())
+        config = json.loads((path / "config.json").read_text()) | {"num_hidden_layers": 2 + seed}
         torch.manual_seed(seed)
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config | {"initializer_range": 0.2}))
         model.save_pretrained(path)

@@ -79,7 +79,7 @@ def test_demonstrations_with_a_truncated_line(run_flags, tmp_path):
 def test_run_directory_of_another_model(single_process, run_flags, household_models):
     main([*run_flags, "--train-iters", "1"])
     message = refused([*run_flags, "--student", str(household_models / "teacher"), "--dry-run"])
-    assert "checkpoint of another model" in message and "hidden_size is 64 there and 96" in message
+    assert "checkpoint of another model" in message and "hidden_size is 96 there and 128" in message
 
 
 def test_context_that_the_model_cannot_hold(run_flags):
