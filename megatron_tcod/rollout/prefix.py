@@ -59,7 +59,7 @@ class PrefixGroup:
 
 
 def plan_prefixes(
-    prompts: Sequence[Sequence[int]], *, budget: int | None = None, room: int = 0, worth: int = 1
+    prompts: Sequence[Sequence[int] | np.ndarray], *, budget: int | None = None, room: int = 0, worth: int = 1
 ) -> list[PrefixGroup]:
     """Groups of at most `budget` tokens in depth-first order; a prompt that exceeds it alone is a group of its own.
 
@@ -69,7 +69,7 @@ def plan_prefixes(
     if worth < 1 or room < 0:
         raise ValueError(f"need worth >= 1 and room >= 0, got {worth} and {room}")
     arrays = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda index: (list(prompts[index]), index))
+    order = sorted(range(len(prompts)), key=lambda index: (arrays[index].astype(">i8").tobytes(), index))  # as numbers sort
     groups: list[PrefixGroup] = []
     members: list[int] = []
     total = 0

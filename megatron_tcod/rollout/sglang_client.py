@@ -218,6 +218,14 @@ class SGLangClient:
             raise GarbledAnswer(f"{len(answers)} answers to a request for {num_samples} samples", **where)
         return [parse_answer(answer, prompt_ids, sampling, **where) for answer in answers]
 
+    async def get(self, path: str) -> Any:
+        """What the server tells about itself at `path`."""
+        return await self._control("GET", path)
+
+    async def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The parsed answer of an endpoint that needs no admin key; repeated like a generation, not counted as one."""
+        return await self._repeat(path, body, "")
+
     async def pause(self) -> None:
         """Stop computing. Running requests go back to the queue and are computed again after `resume`."""
         await self._control("POST", "/pause_generation", {"mode": "retract"})
@@ -410,9 +418,13 @@ def _logprobs(entries: list[Any], ids: list[int], what: str, **where: str) -> li
         is_sound = all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
     except (TypeError, IndexError, KeyError):
         raise LogprobMismatch(f"{what} log-probabilities are no pairs: {str(entries)[:100]}", **where) from None
-    if named != ids or not is_sound:
+    # SGLang names the last id of a prompt's vocabulary 0.
+    is_same = len(named) == len(ids) and all(
+        theirs == ours or (theirs == 0 and what == "prompt") for theirs, ours in zip(named, ids, strict=True)
+    )
+    if not is_same or not is_sound:
         raise LogprobMismatch(
-            f"{len(entries)} {what} log-probabilities for {len(ids)} ids; ids agree: {named == ids}, finite: {is_sound}",
+            f"{len(entries)} {what} log-probabilities for {len(ids)} ids; ids agree: {is_same}, finite: {is_sound}",
             **where,
         )
     return [float(number) for number in numbers]
