@@ -32,6 +32,7 @@ import aiohttp
 from megatron_tcod.rollout.engine import Sampling
 
 RETRYABLE_STATUS = frozenset({429, 500, 502, 503, 504})
+FLUSH_PAUSE_S = 0.05
 KEEP_ALIVE_S = 2.0
 """Shorter than the servers' own 5 s, so that no request is written into a connection that the server just closed."""
 
@@ -233,9 +234,21 @@ class SGLangClient:
     async def resume(self) -> None:
         await self._control("POST", "/continue_generation", {})
 
-    async def flush(self, timeout_s: float) -> None:
-        """Drop every cached prefix; waits up to `timeout_s` for requests that still hold some."""
-        await self._control("POST", f"/flush_cache?timeout={timeout_s:g}")
+    async def flush(self) -> None:
+        """Drop every cached prefix, as soon as no request holds one; a paused server's hold none.
+
+        Asked again and again, because the server's own `timeout` also waits for requests that a pause put back.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._control_deadline_s
+        while True:
+            try:
+                await self._control("POST", "/flush_cache")
+                return
+            except ServerError as error:
+                if error.status != 400 or loop.time() > deadline:
+                    raise
+            await asyncio.sleep(FLUSH_PAUSE_S)
 
     async def release_memory(self) -> None:
         await self._control("POST", "/release_memory_occupation", {})

@@ -30,7 +30,6 @@ A thread with an event loop of its own does the talking, so that one engine serv
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import threading
 import time
@@ -46,18 +45,16 @@ import torch
 
 from megatron_tcod.rollout.engine import Completion, Sampling
 from megatron_tcod.rollout.prefix import PrefixLedger, PrefixReuse, warm_waves
+from megatron_tcod.rollout.prefix_router import PrefixRouter
 from megatron_tcod.rollout.sglang_client import Answer, RolloutError, ServerUnreachable, SGLangClient, StreamBroken
 from megatron_tcod.rollout.sglang_server import Server
-from megatron_tcod.rollout.weight_sync import Expected, Link, UnprovenWeights, WeightSync
+from megatron_tcod.rollout.weight_proof import Expected, UnprovenWeights
+from megatron_tcod.rollout.weight_sync import Link, WeightSync
 
 logger = logging.getLogger(__name__)
 
 WARM_AT_LEAST = 32
 """Shared runs of fewer tokens are computed again rather than warmed in a wave of their own."""
-ROUTE_CHUNK = 64
-"""Tokens per step of the table that remembers which server computed a prompt."""
-SPILL = 8
-"""A server may have so many more requests in flight than the idlest before its cached prefixes no longer attract."""
 
 
 class StaleWeights(RolloutError):
@@ -133,7 +130,7 @@ class SGLangEngine:
         self._max_staleness, self._is_updater, self._probe = max_staleness, is_updater, probe
         self._update_deadline_s = update_deadline_s
         self._is_ready, self._is_released = sync is None, False
-        self._num_in_flight = 0
+        self._num_in_flight, self._counting = 0, threading.Lock()
         self._expected: Expected | None = None
         self._last_probe: Probe | None = None
         self._ledger, self._router = PrefixLedger(), PrefixRouter(len(self._servers))
@@ -247,16 +244,12 @@ class SGLangEngine:
 
     async def _generate(self, prompt_ids: list[int], sampling: Sampling, num_samples: int) -> list[Completion]:
         """Ask a server; again when the one that was asked has died and was restarted."""
-        self._num_in_flight += 1
-        try:
-            asked = [self._ledger.submit(prompt_ids, sampling) for _ in range(num_samples)]
-            answers = await self._ask(prompt_ids, sampling, num_samples)
-            completions = [self._accept(answer) for answer in answers]
-            for one, completion in zip(asked, completions, strict=True):
-                self._ledger.finish(one, completion)
-            return completions
-        finally:
-            self._num_in_flight -= 1
+        asked = [self._ledger.submit(prompt_ids, sampling) for _ in range(num_samples)]
+        answers = await self._ask(prompt_ids, sampling, num_samples)
+        completions = [self._accept(answer) for answer in answers]
+        for one, completion in zip(asked, completions, strict=True):
+            self._ledger.finish(one, completion)
+        return completions
 
     async def _ask(self, prompt_ids: list[int], sampling: Sampling, num_samples: int) -> list[Answer]:
         request_id = uuid.uuid4().hex[:16]
@@ -287,13 +280,7 @@ class SGLangEngine:
         async with self._reviving[index]:
             if link.generation != generation:
                 return True
-            for _ in range(30):  # the connection breaks before the process is gone
-                if not server.is_alive:
-                    break
-                await asyncio.sleep(0.1)
-            else:
-                return False
-            if not server.is_ours:
+            if not server.is_ours or not await self._has_ended(server):
                 return False
             logger.warning("server %s died; restarting it", server.url)
             await link.client.close()
@@ -303,11 +290,19 @@ class SGLangEngine:
             link.features = await link.client.features()
             if self._sync is not None:
                 await asyncio.to_thread(self._sync.restore, link, self.version)
-                await link.client.flush(self._update_deadline_s)
+                await link.client.flush()
                 await self._prove(link)
                 await self._prove_by_probe(link)
             link.generation += 1
             return True
+
+    async def _has_ended(self, server: Server) -> bool:
+        """The connection breaks some time before the process is gone."""
+        for _ in range(50):
+            if not server.is_alive:
+                return True
+            await asyncio.sleep(0.1)
+        return False
 
     def _accept(self, answer: Answer) -> Completion:
         """An answer as a Completion; StaleWeights unless all of its tokens are from weights that are young enough."""
@@ -351,7 +346,7 @@ class SGLangEngine:
         if probe is None:
             if self._is_updater and not self._expected.can_tell:
                 self.counters.unproven_updates += 1
-                logger.warning("%s cannot prove its weights (several ranks or no checksums); give a probe", link.client.url)
+                logger.warning("%s cannot prove its weights (%s); give a probe", link.client.url, link.features)
             return
         once = Sampling(max_new_tokens=0, logprob_start_len=0)
         (answer,) = await link.client.generate(
@@ -387,7 +382,7 @@ class SGLangEngine:
 
     def _flush(self) -> None:
         for link in self._links:
-            link.call(link.client.flush(self._update_deadline_s))
+            link.call(link.client.flush())
         self._start(self._forget_prefixes()).result()
 
     def _await_version(self, version: int) -> None:
@@ -457,38 +452,15 @@ class SGLangEngine:
 
     async def _in_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Await from the caller's loop; a cancelled caller cancels the request and the server drops it."""
-        return await asyncio.wrap_future(self._start(coroutine))
+        with self._counting:
+            self._num_in_flight += 1
+        try:
+            return await asyncio.wrap_future(self._start(coroutine))
+        finally:
+            with self._counting:
+                self._num_in_flight -= 1
 
     def _stop_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-
-class PrefixRouter:
-    """Remembers which server computed which beginning of a prompt, in steps of ROUTE_CHUNK tokens.
-
-    A prompt goes to the server of its longest known beginning where that is at least half of it (a system prompt that all
-    share attracts nobody), unless that server is SPILL requests busier than another.
-    """
-
-    def __init__(self, num_servers: int) -> None:
-        self._num_servers = num_servers
-        self._server_of: dict[bytes, int] = {}
-
-    def choose(self, prompt_ids: list[int], num_in_flight: list[int]) -> int:
-        if self._num_servers == 1:
-            return 0
-        ids = np.asarray(prompt_ids, dtype=np.int64)
-        digest, digests = hashlib.blake2b(digest_size=16), []
-        for start in range(0, len(ids) - ROUTE_CHUNK + 1, ROUTE_CHUNK):
-            digest.update(ids[start : start + ROUTE_CHUNK].tobytes())
-            digests.append(digest.digest())
-        idlest = min(range(self._num_servers), key=num_in_flight.__getitem__)
-        known = next((i for i in reversed(range(len(digests))) if digests[i] in self._server_of), -1)
-        chosen = idlest
-        if 2 * (known + 1) * ROUTE_CHUNK >= len(ids):
-            home = self._server_of[digests[known]]
-            chosen = home if num_in_flight[home] - num_in_flight[idlest] <= SPILL else idlest
-        self._server_of.update(dict.fromkeys(digests, chosen))
-        return chosen

@@ -272,12 +272,10 @@ def supervise(log_path: str, command: list[str]) -> int:
         readable, _, _ = select.select([0], [], [], 0.2)
         if readable and not os.read(0, 1):
             break
-    with contextlib.suppress(ProcessLookupError):
+    if server.poll() is None:
         os.killpg(server.pid, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_S
-    while children() and time.monotonic() < deadline:
-        reap()
-        time.sleep(0.05)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=GRACE_S)
     while left := children():
         for child in left:
             with contextlib.suppress(ProcessLookupError):

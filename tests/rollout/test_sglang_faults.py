@@ -12,6 +12,7 @@ pytest.importorskip("aiohttp")
 from sglang_faults import FaultyServer, expected_ids  # noqa: E402  needs aiohttp
 
 from megatron_tcod.rollout.engine import Sampling  # noqa: E402
+from megatron_tcod.rollout.prefix_router import PrefixRouter  # noqa: E402
 from megatron_tcod.rollout.sglang_client import (  # noqa: E402
     DeadlineExceeded,
     GarbledAnswer,
@@ -22,9 +23,10 @@ from megatron_tcod.rollout.sglang_client import (  # noqa: E402
     TruncatedAnswer,
     WrongTokenCount,
 )
-from megatron_tcod.rollout.sglang_engine import PrefixRouter, Probe, SGLangEngine, StaleWeights  # noqa: E402
+from megatron_tcod.rollout.sglang_engine import Probe, SGLangEngine, StaleWeights  # noqa: E402
 from megatron_tcod.rollout.sglang_server import attach  # noqa: E402
-from megatron_tcod.rollout.weight_sync import FromDisk, UnprovenWeights  # noqa: E402
+from megatron_tcod.rollout.weight_proof import UnprovenWeights  # noqa: E402
+from megatron_tcod.rollout.weight_sync import FromDisk  # noqa: E402
 
 DEADLINE_S = 2.0
 FAULTS = {
