@@ -44,6 +44,7 @@ derivative, the loops (`ops/chunk_loop.py`), the operators (`ops/library.py`) an
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -140,6 +141,10 @@ def linear_divergence(
     _check_kind(kind, beta, target_ids)
     _check_rows("student", student_hidden, student_head, target_ids, chunk_size)
     _check_rows("teacher", teacher_hidden, teacher_head, target_ids, chunk_size)
+    if teacher_hidden.device != student_hidden.device:
+        raise ValueError(
+            f"teacher_hidden is on {teacher_hidden.device}, student_hidden on {student_hidden.device}; move one of them"
+        )
     if teacher_hidden.shape[0] != student_hidden.shape[0]:
         raise ValueError(
             f"teacher_hidden has {teacher_hidden.shape[0]} rows, student_hidden {student_hidden.shape[0]}; "
@@ -220,8 +225,11 @@ def logits_divergence(
         raise ValueError(
             f"student_logits are {student_logits.dtype}, teacher_logits {teacher_logits.dtype}; both must have one float type"
         )
-    if target_ids is not None and target_ids.shape != student_logits.shape[:1]:
-        raise ValueError(f"target_ids must be [S] = [{student_logits.shape[0]}], got {list(target_ids.shape)}")
+    if student_logits.device != teacher_logits.device:
+        raise ValueError(
+            f"student_logits are on {student_logits.device}, teacher_logits on {teacher_logits.device}; move one of them"
+        )
+    _check_targets(target_ids, student_logits)
     plan = _plan(
         student_logits.shape[1],
         tp_group,
@@ -289,8 +297,11 @@ def _run(
             raise ValueError("head_grad and grad_scale belong to loss_weight [S], which was not given")
         loss, statistics, _ = torch.ops.megatron_tcod.linear_divergence_rows(*models, *plan)
         return None, loss, statistics
-    if loss_weight.shape != hidden.shape[:1]:
-        raise ValueError(f"loss_weight must be [S] = [{hidden.shape[0]}], got {list(loss_weight.shape)}")
+    if loss_weight.shape != hidden.shape[:1] or not loss_weight.is_floating_point():
+        raise ValueError(
+            f"loss_weight must be [S] = [{hidden.shape[0]}] of a float type, "
+            f"got {list(loss_weight.shape)} {loss_weight.dtype}"
+        )
     if not (torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)):
         loss, statistics, _ = torch.ops.megatron_tcod.linear_divergence_rows(*models, *plan)
         return library.weighted_total(loss_weight, loss), loss, statistics
@@ -305,6 +316,8 @@ def _run(
         raise ValueError(
             f"head_grad must be fp32 {list(head.shape)} like the head shard, got {head_grad.dtype} {list(head_grad.shape)}"
         )
+    if grad_scale is not None and not (isinstance(grad_scale, torch.Tensor) and grad_scale.numel() == 1):
+        raise ValueError(f"grad_scale must be a tensor of one number on the device, got {grad_scale!r}")
     return library.accumulated_total(*models, loss_weight, grad_scale, head_grad, *plan)
 
 
@@ -312,6 +325,8 @@ def _plan(
     head_rows: int, tp_group: dist.ProcessGroup | None, backend: str, *, vocab_size: int, **settings: float | str | bool
 ) -> Plan:
     size = group_size(tp_group)
+    if not isinstance(vocab_size, int):
+        raise ValueError(f"vocab_size must be an int, the number of real tokens, got {vocab_size!r}")
     if not 0 < vocab_size <= head_rows * size:
         raise ValueError(
             f"vocab_size {vocab_size} is outside [1, {head_rows * size}], the rows of the head over all {size} shards; "
@@ -320,9 +335,9 @@ def _plan(
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"divergence_backend {backend!r} is unknown; it must be auto or one of {', '.join(BACKENDS)}")
     for name in ("student_temperature", "teacher_temperature"):
-        if not settings[name] > 0:
+        if not 0 < settings[name] < math.inf:
             raise ValueError(
-                f"{name} must be positive, got {settings[name]}; greedy decoding has no distribution to match"
+                f"{name} must be positive and finite, got {settings[name]}; greedy decoding has no distribution to match"
             )
     group = tp_group.group_name if size > 1 else ""
     return Plan(vocab_size=vocab_size, backend=backend, group=group, **settings)
@@ -347,7 +362,19 @@ def _check_rows(
             f"{side} hidden states must be [S, H] and the head shard [V/tp, H] with one H, "
             f"got {list(hidden.shape)} and {list(head.shape)}"
         )
-    if target_ids is not None and target_ids.shape != hidden.shape[:1]:
+    for name, tensor in ((f"{side}_hidden", hidden), (f"{side}_head", head)):
+        if not tensor.is_floating_point() or tensor.device != hidden.device:
+            raise ValueError(
+                f"{name} must be of a float type on {hidden.device}, got {tensor.dtype} on {tensor.device}; move or cast it"
+            )
+    _check_targets(target_ids, hidden)
+
+
+def _check_targets(target_ids: torch.Tensor | None, rows: torch.Tensor) -> None:
+    if target_ids is None:
+        return
+    if target_ids.shape != rows.shape[:1] or target_ids.dtype != torch.int64 or target_ids.device != rows.device:
         raise ValueError(
-            f"target_ids must be [S] = [{hidden.shape[0]}] like the {side} rows, got {list(target_ids.shape)}"
+            f"target_ids must be [S] = [{rows.shape[0]}] int64 on {rows.device}, got {list(target_ids.shape)} "
+            f"{target_ids.dtype} on {target_ids.device}"
         )

@@ -181,11 +181,18 @@ def test_packed_chunks_keep_values_and_nearly_keep_gradients(kind: str):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"loss_weight": torch.ones(5)}, r"loss_weight must be \[S\] = \[6\], got \[5\]"),
+        ({"loss_weight": torch.ones(5)}, r"loss_weight must be \[S\] = \[6\] of a float type, got \[5\]"),
         ({"head_grad": torch.zeros(PADDED, 8)}, "belong to loss_weight"),
         ({"loss_weight": torch.ones(6), "head_grad": torch.zeros(VOCAB, 8)}, "head_grad must be fp32"),
         ({"loss_weight": torch.ones(6), "head_grad": torch.zeros(PADDED, 8).bfloat16()}, "head_grad must be fp32"),
         ({"loss_weight": torch.ones(6), "grad_scale": torch.tensor(1.0)}, "head_grad, which was not given"),
+        ({"loss_weight": torch.ones(6, dtype=torch.int64)}, "of a float type, got .* torch.int64"),
+        ({"loss_weight": torch.ones(6), "head_grad": torch.zeros(PADDED, 8), "grad_scale": 2.0}, "grad_scale must"),
+        ({"target_ids": torch.zeros(6)}, "target_ids must be .* int64"),
+        ({"student_hidden": torch.zeros(6, 8, dtype=torch.int64)}, "student_hidden must be of a float type"),
+        ({"teacher_head": torch.zeros(PADDED, 12, device="meta")}, "teacher_head must be of a float type on cpu"),
+        ({"teacher_temperature": float("inf")}, "teacher_temperature must be positive and finite"),
+        ({"vocab_size": 53.0}, "vocab_size must be an int"),
         ({"backend": "cuda-graphs"}, "divergence_backend 'cuda-graphs' is unknown"),
         ({"backend": "triton"}, "divergence_backend 'triton' cannot be used"),
     ],
@@ -275,7 +282,7 @@ def test_logits_operators_pass_opcheck(kind: str):
         ({"target_ids": torch.zeros(5, dtype=torch.int64)}, "target_ids must be"),
         ({"vocab_size": PADDED + 1}, "vocab_size 65 is outside"),
         ({"kind": "tvd"}, "kind 'tvd' is unknown"),
-        ({"student_temperature": 0.0}, "student_temperature must be positive"),
+        ({"student_temperature": 0.0}, "student_temperature must be positive and finite"),
     ],
 )
 def test_logits_errors_say_what_was_expected(change: dict, message: str):
