@@ -1,6 +1,7 @@
 """Tokens per CPU-second: the embedded engine against `transformers.generate`, same model, same prompts, one run.
 
     OMP_NUM_THREADS=1 python tools/bench_rollout.py
+    OMP_NUM_THREADS=1 python tools/bench_rollout.py --engine sglang       # prefix reuse on real servers: sglang_reuse.py
 
 Prints one line a shape with the peer, the limit and the ratio, and exits 1 when the two disagree or the limit is missed.
 
@@ -11,11 +12,12 @@ Process CPU time on one thread, median of several rounds that take turns, the en
 is dropped before each round. Agreement: under greedy decoding both give the same ids, and the engine's
 log-probabilities equal those of a full forward pass to 1e-4.
 
-It measures no GPU and no server.
+It measures no GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import platform
@@ -32,7 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from megatron_tcod.rollout.embedded_engine import EmbeddedEngine  # noqa: E402
 from megatron_tcod.rollout.engine import Completion, Sampling  # noqa: E402
 
@@ -171,13 +173,22 @@ def run_case(case: Case) -> bool:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("embedded", "sglang"), default="embedded")
+    engine = parser.parse_args().engine
     torch.set_num_threads(1)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(
         f"{platform.machine()} cpu, 1 thread | commit {commit or 'unknown'} | torch {torch.__version__} | "
         f"transformers {transformers.__version__} | median of {ROUNDS} rounds"
     )
-    if not all([run_case(case) for case in CASES]):
+    if engine == "sglang":
+        import sglang_reuse  # needs aiohttp
+
+        is_met = sglang_reuse.run()
+    else:
+        is_met = all([run_case(case) for case in CASES])
+    if not is_met:
         raise SystemExit(1)
 
 
