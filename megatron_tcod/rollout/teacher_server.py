@@ -91,6 +91,8 @@ class ServerTeacher:
         self._ledger, self._counts = PrefixLedger(), ScoreCounts()
         self._room = _TokenRoom(max_inflight_tokens)
         self._warming: asyncio.Task | None = None
+        self._fresh: list[np.ndarray] = []
+        """Prefixes that were warmed since the last rows were scored."""
         self._session_id = ""
         if self._is_asking:
             self._server = connect()
@@ -185,6 +187,8 @@ class ServerTeacher:
     async def _score_rows(self, rows: list[ScoredRow], tokens: list[np.ndarray]) -> list[RowScore]:
         """Warm what rows share, then send them, both in the order of `prefix.py`."""
         await self._finish_warming()
+        if not rows:
+            return []
         ids = [tokens[row.microbatch][row.start : row.start + row.num_tokens] for row in rows]  # views, [N] each
         scores: dict[int, RowScore] = {}
 
@@ -192,9 +196,12 @@ class ServerTeacher:
             scores[index] = await self._ask(rows[index], ids[index])
 
         prefixes = [one[: row.num_prefix] for one, row in zip(ids, rows, strict=True)]
+        fresh, self._fresh = self._fresh, []
         for group in plan_prefixes(prefixes, budget=self._cache_tokens, worth=WORTH_A_REQUEST):
-            await self._warm(warm_waves(group.prefixes, least=WORTH_A_REQUEST))
+            cold = [prefix for prefix in group.prefixes if not any(_begins_with(one, prefix) for one in fresh)]
+            await self._warm(warm_waves(cold, least=WORTH_A_REQUEST))
             await self._in_turn([(rows[index].num_tokens, ask(index)) for index in group.members])
+        self._fresh = []  # rows may have evicted them
         return [scores[index] for index in range(len(rows))]
 
     async def _ask(self, row: ScoredRow, ids: np.ndarray) -> RowScore:
@@ -224,6 +231,7 @@ class ServerTeacher:
         body = generate_body(prefix, WARM_UP, self._features, salt="")
         answer = await self._server.post("/generate", body | ({"session_id": self._session_id} if self._session_id else {}))
         parsed = parse_answer(answer, prefix, WARM_UP, server=self._server.url)
+        self._fresh.append(np.asarray(prefix, np.int64))
         self._ledger.finish(asked, _answered(len(prefix), parsed.cached_tokens))
 
     async def _start_warming(self, waves: list[list[list[int]]]) -> None:
@@ -317,6 +325,10 @@ class _TokenRoom:
     def give_back(self, num_tokens: int) -> None:
         self._free += min(num_tokens, self.limit)
         self._has_changed.set()
+
+
+def _begins_with(ids: np.ndarray, prefix: list[int]) -> bool:
+    return len(ids) >= len(prefix) and bool((ids[: len(prefix)] == np.asarray(prefix)).all())
 
 
 def _answered(prompt_tokens: int, cached_tokens: int) -> Completion:

@@ -198,8 +198,8 @@ def test_a_run_computes_each_prefix_once_and_never_flushes():
     assert reuse.requests == 4 * len(lengths) and reuse.rate == 1.0
     assert reuse.reused_tokens == 4 * sum(length - 1 for length in lengths)
     assert counts.computed == 4 * len(lengths) * (12 + 1)
-    # Each step warms its prefix twice, ahead and before scoring, and from the second time on that costs its last token.
-    assert reuse.warmed_tokens == 180 + (len(lengths) - 1) * 2
+    # The first prefix is computed before scoring, each later one is warmed ahead, which costs its last token.
+    assert reuse.warmed_tokens == 180 + len(lengths) - 1 and len(fake.warmed) == len(lengths)
     assert fake.computed_tokens == counts.computed + reuse.warmed_tokens
     assert set(fake.paths) == {"/open_session", "/generate", "/close_session"}
     assert len({body["session_id"] for body in fake.warmed}) == 1 and not fake.sessions
@@ -306,3 +306,80 @@ def test_one_rank_asks_and_all_ranks_of_the_group_know(tmp_path):
         torch.testing.assert_close(ours[0].double(), expected_logprobs(microbatch), rtol=0, atol=1e-6)
     assert [(tmp_path / f"{rank}.error").read_text() for rank in (0, 1)] == ["ServerError", "TeacherFailed"]
     assert math.isfinite(float(left[0][0].sum()))
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A served model, the tokenizer that it was served with, and its server with a cache of 4,096 tokens."""
+    from sglang_process import launch_on_cpu
+    from tiny_hf import tiny_model
+
+    directory = tmp_path_factory.mktemp("real")
+    tokenizer = small_tokenizer(directory / "model")
+    model = tiny_model("qwen3", vocab_size=tokenizer.vocab_size + 7, max_position_embeddings=8192)
+    model.save_pretrained(directory / "model")
+    flags = dict(skip_tokenizer_init=False, enable_session_radix_cache=True, max_total_tokens=4096)
+    with launch_on_cpu(directory, model_path=directory / "model", **flags) as server:
+        yield model.double(), tokenizer, server
+
+
+def real_teacher(real, **options):
+    _, tokenizer, server = real
+    own = dict(api_key=server.api_key, admin_key=server.admin_key)
+    return ServerTeacher(lambda: SGLangClient(server.url, **own), vocab_size=tokenizer.vocab_size, **options)
+
+
+@pytest.mark.sglang
+@pytest.mark.parametrize("is_flat", [True, False])
+def test_a_real_server_scores_as_a_float64_forward_does(real, is_flat):
+    model, tokenizer, _ = real
+    _, microbatches = batch(seed=7)
+    teacher = real_teacher(real, top_k=4)
+    teacher._is_flat &= is_flat  # servers up to 0.5.20 have no packed lists
+    teacher.check(tokenizer, max_context=2000)
+    with pytest.raises(ValueError, match="rows may have 9000"):
+        teacher.check(tokenizer, max_context=9000)
+    for _ in ("cold", "from the cache"):
+        teacher.take_prefix_reuse()
+        targets = teacher.score(microbatches)
+        for target, microbatch in zip(targets, microbatches, strict=True):
+            expected = full_logprobs(model, microbatch)  # [S, V]
+            at = torch.arange(len(expected))
+            torch.testing.assert_close(
+                target.logprob.double(), expected[at, microbatch.target_ids], rtol=0, atol=1e-4
+            )
+            values, ids = expected.topk(4)
+            torch.testing.assert_close(target.topk_logprobs.double(), values, rtol=0, atol=1e-4)
+            assert torch.equal(target.topk_ids, torch.where(ids < tokenizer.vocab_size, ids, -1))
+    reuse = teacher.take_prefix_reuse()
+    assert reuse.reused_tokens == sum(length - 1 for length in (60, 60, 60, 50, 1, 61))
+    teacher.close()
+
+
+def full_logprobs(model, microbatch):
+    """[S, V] fp64, one forward a row."""
+    bounds, rows = microbatch.cu_seqlens.tolist(), []
+    with torch.no_grad():
+        for start, stop in itertools.pairwise(bounds):
+            rows.append(torch.log_softmax(model(microbatch.token_ids[None, start:stop]).logits[0], -1))
+    return torch.cat(rows)[microbatch.positions]
+
+
+@pytest.mark.sglang
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_warmed_prefixes_outlive_a_flood_of_rows_where_the_server_has_sessions(real, is_pinned):
+    dice = random.Random(8 + is_pinned)
+    prefixes = [dice.choices(range(VOCAB), k=300) for _ in range(2)]
+    flood = [row_of(dice, dice.choices(range(VOCAB), k=600), (8, 0)) for _ in range(10)]
+    teacher = real_teacher(real, max_inflight_tokens=1300)
+    if not is_pinned:
+        teacher._session_id = ""
+    teacher.warm_ahead(prefixes)
+    teacher.score([microbatch_of(*flood)])  # 6,080 tokens through a cache of 4,096
+    teacher.take_prefix_reuse()
+    teacher.score([microbatch_of(*(row_of(dice, prefix, (5, 0)) for prefix in prefixes))])
+    reuse = teacher.take_prefix_reuse()
+    assert reuse.reusable_tokens == 2 * 299
+    assert reuse.reused_tokens == (2 * 299 if is_pinned else 0)
+    if is_pinned:
+        teacher.close()
