@@ -106,11 +106,11 @@ def stand_in() -> None:
     torch.cuda.synchronize = lambda *_: None
 
     import sglang.srt.batch_invariant_ops as batch_invariant
-    from sglang.srt.arg_groups import choices
+    from sglang.srt import server_args
 
     batch_invariant.enable_batch_invariant_mode = lambda *_, **__: None
-    choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES.append("torch_native")
-    choices.RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND.append("torch_native")
+    server_args.DETERMINISTIC_ATTENTION_BACKEND_CHOICES.append("torch_native")
+    server_args.RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND.append("torch_native")
 
 
 stand_in()

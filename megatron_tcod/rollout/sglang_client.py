@@ -234,13 +234,13 @@ class SGLangClient:
     async def resume(self) -> None:
         await self._control("POST", "/continue_generation", {})
 
-    async def flush(self) -> None:
-        """Drop every cached prefix, as soon as no request holds one; a paused server's hold none.
+    async def flush(self, timeout_s: float) -> None:
+        """Drop every cached prefix, as soon as no request holds one; ServerError 400 when some still do in the end.
 
         Asked again and again, because the server's own `timeout` also waits for requests that a pause put back.
         """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._control_deadline_s
+        deadline = loop.time() + timeout_s
         while True:
             try:
                 await self._control("POST", "/flush_cache")

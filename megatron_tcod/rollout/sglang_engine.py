@@ -46,13 +46,22 @@ import torch
 from megatron_tcod.rollout.engine import Completion, Sampling
 from megatron_tcod.rollout.prefix import PrefixLedger, PrefixReuse, warm_waves
 from megatron_tcod.rollout.prefix_router import PrefixRouter
-from megatron_tcod.rollout.sglang_client import Answer, RolloutError, ServerUnreachable, SGLangClient, StreamBroken
+from megatron_tcod.rollout.sglang_client import (
+    Answer,
+    RolloutError,
+    ServerError,
+    ServerUnreachable,
+    SGLangClient,
+    StreamBroken,
+)
 from megatron_tcod.rollout.sglang_server import Server
 from megatron_tcod.rollout.weight_proof import Expected, UnprovenWeights
 from megatron_tcod.rollout.weight_sync import Link, WeightSync
 
 logger = logging.getLogger(__name__)
 
+BUSY_FLUSH_S = 1.0
+"""How long a flush is tried while requests wait on a paused server."""
 WARM_AT_LEAST = 32
 """Shared runs of fewer tokens are computed again rather than warmed in a wave of their own."""
 
@@ -290,15 +299,15 @@ class SGLangEngine:
             link.features = await link.client.features()
             if self._sync is not None:
                 await asyncio.to_thread(self._sync.restore, link, self.version)
-                await link.client.flush()
+                await link.client.flush(self._update_deadline_s)
                 await self._prove(link)
                 await self._prove_by_probe(link)
             link.generation += 1
             return True
 
     async def _has_ended(self, server: Server) -> bool:
-        """The connection breaks some time before the process is gone."""
-        for _ in range(50):
+        """The connection breaks before the process is gone; some versions take 5 s to collect diagnostics."""
+        for _ in range(150):
             if not server.is_alive:
                 return True
             await asyncio.sleep(0.1)
@@ -382,7 +391,14 @@ class SGLangEngine:
 
     def _flush(self) -> None:
         for link in self._links:
-            link.call(link.client.flush())
+            is_busy = self._num_in_flight > 0  # allowed with staleness: the pause has put these requests back
+            try:
+                link.call(link.client.flush(BUSY_FLUSH_S if is_busy else self._update_deadline_s))
+            except ServerError as error:
+                if not (is_busy and error.status == 400 and link.features.salt_field):
+                    raise
+                message = "%s does not flush under waiting requests (up to 0.5.20); the salt keeps old prefixes apart"
+                logger.warning(message, link.client.url)
         self._start(self._forget_prefixes()).result()
 
     def _await_version(self, version: int) -> None:

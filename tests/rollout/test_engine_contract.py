@@ -318,7 +318,7 @@ def forgetful_client(*, has_salt):
     from megatron_tcod.rollout.sglang_client import SGLangClient
 
     class Forgetful(SGLangClient):
-        async def flush(self):
+        async def flush(self, timeout_s):
             pass
 
         async def features(self):
