@@ -141,7 +141,9 @@ class Answer:
     cached_tokens: int
     prompt_tokens: int
     versions: tuple[str, ...]
-    """Names of the weights behind it: one per span of tokens where the server tells (from 0.5.20), else the newest."""
+    """Names of the weights behind it: one per span of tokens where the server tells, else the newest."""
+    has_spans: bool = True
+    """The server tells spans (from 0.5.20)."""
     input_logprobs: list[float | None] = field(default_factory=list)
 
 
@@ -387,9 +389,8 @@ def parse_answer(answer: Any, prompt_ids: list[int], sampling: Sampling, **where
         finish = meta["finish_reason"]
         reason, prompt_tokens, cached = finish["type"], meta["prompt_tokens"], meta["cached_tokens"]
         completion_tokens = meta["completion_tokens"]
-        versions = tuple(str(span["version"]) for span in meta.get("weight_versions") or ()) or (
-            str(meta.get("weight_version", "")),
-        )
+        spans = tuple(str(span["version"]) for span in meta.get("weight_versions") or ())
+        versions = spans or (str(meta.get("weight_version", "")),)
     except (KeyError, TypeError) as error:
         raise GarbledAnswer(f"no {error} in {str(answer)[:200]}", **where) from None
     if reason not in ("stop", "length"):
@@ -420,6 +421,7 @@ def parse_answer(answer: Any, prompt_ids: list[int], sampling: Sampling, **where
         cached_tokens=cached,
         prompt_tokens=prompt_tokens,
         versions=versions,
+        has_spans=bool(spans),
         input_logprobs=inputs,
     )
 

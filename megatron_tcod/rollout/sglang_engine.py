@@ -254,8 +254,9 @@ class SGLangEngine:
     async def _generate(self, prompt_ids: list[int], sampling: Sampling, num_samples: int) -> list[Completion]:
         """Ask a server; again when the one that was asked has died and was restarted."""
         asked = [self._ledger.submit(prompt_ids, sampling) for _ in range(num_samples)]
+        version = self.version
         answers = await self._ask(prompt_ids, sampling, num_samples)
-        completions = [self._accept(answer) for answer in answers]
+        completions = [self._accept(answer, version) for answer in answers]
         for one, completion in zip(asked, completions, strict=True):
             self._ledger.finish(one, completion)
         return completions
@@ -313,18 +314,22 @@ class SGLangEngine:
             await asyncio.sleep(0.1)
         return False
 
-    def _accept(self, answer: Answer) -> Completion:
-        """An answer as a Completion; StaleWeights unless all of its tokens are from weights that are young enough."""
+    def _accept(self, answer: Answer, asked_version: int) -> Completion:
+        """An answer as a Completion; StaleWeights unless all of its tokens are from weights that are young enough.
+
+        Where the server tells no spans, the first tokens may be as old as the version that was asked.
+        """
         oldest = self.version
         if self._sync is not None:
             allowed = range(self.version - self._max_staleness, self.version + 1)
             names = {str(version): version for version in allowed}
-            strange = [name for name in answer.versions if name not in names]
+            versions = answer.versions if answer.has_spans else (*answer.versions, str(asked_version))
+            strange = [name for name in versions if name not in names]
             if strange:
                 self.counters.refused_stale += 1
-                message = f"tokens of weights {', '.join(answer.versions)}, expected {self.version} (staleness at most"
+                message = f"tokens of weights {', '.join(versions)}, expected {self.version} (staleness at most"
                 raise StaleWeights(f"{message} {self._max_staleness})", server=self._links[0].client.url)
-            oldest = min(names[name] for name in answer.versions)
+            oldest = min(names[name] for name in versions)
         counters = self.counters
         counters.requests += 1
         counters.prompt_tokens += answer.prompt_tokens

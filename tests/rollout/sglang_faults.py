@@ -33,7 +33,7 @@ def answering(body):
 
 
 class FaultyServer:
-    def __init__(self, *, api_key="", admin_key="", is_new=True, has_memory_saver=False) -> None:
+    def __init__(self, *, api_key="", admin_key="", is_new=True, has_memory_saver=False, has_spans=True) -> None:
         self.faults: dict[int, str] = {}
         self.num_faults_left = 10**9
         self.fired: list[str] = []
@@ -45,7 +45,7 @@ class FaultyServer:
         self.salts: list[str] = []
         self._at_once = 0
         self._api_key, self._admin_key, self._is_new = api_key, admin_key or api_key, is_new
-        self._has_memory_saver = has_memory_saver
+        self._has_memory_saver, self._has_spans = has_memory_saver, has_spans
         self._runner = self._site = None
         self.port = 0
 
@@ -164,7 +164,7 @@ class FaultyServer:
                 "completion_tokens": len(ids),
                 "cached_tokens": 0,
                 "weight_version": self.version,
-                "weight_versions": [{"version": self.version, "start": 0, "end": len(ids)}],
+                "weight_versions": [{"version": self.version, "start": 0, "end": len(ids)}] if self._has_spans else None,
                 "input_token_logprobs": inputs,
                 "output_token_logprobs": [[-0.5, token, None] for token in ids],
             },

@@ -192,6 +192,22 @@ def test_bounded_staleness_accepts_the_version_before_and_no_older_one(stage):
     assert isinstance(error, StaleWeights)
 
 
+@pytest.mark.parametrize("stage", [dict(engine_options=dict(max_staleness=1), has_spans=False)], indirect=True)
+def test_without_spans_a_sample_counts_as_old_as_the_version_that_was_asked(stage):
+    stage.server.delay_s = 0.4
+
+    async def play():
+        task = asyncio.ensure_future(stage.engine.generate([1], Sampling(max_new_tokens=5)))
+        while not stage.server.most_at_once:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(stage.engine.load_weights, weights(), 4)
+        return await task
+
+    completion = asyncio.run(play())
+    assert completion.token_ids == expected_ids([1], 0, "4", 5)  # the server answered with the new weights
+    assert completion.weight_version == 3
+
+
 @pytest.mark.parametrize("stage", [dict(engine_options=dict(max_concurrent=3))], indirect=True)
 def test_no_more_requests_than_allowed_are_with_the_server(stage):
     stage.server.delay_s = 0.05
