@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 
-OUTCOMES = ("ok", "solved_in_replay", "diverged", "rejected_action", "no_demonstration", "env_fault")
-"""How the replayed prefix and the environment behaved. Only `ok` episodes are trained on; all are counted."""
+OUTCOMES = ("ok", "solved_in_replay", "diverged", "rejected_action", "no_demonstration", "env_fault", "engine_fault")
+"""How replayed prefix, environment and rollout engine behaved. Only `ok` episodes are trained on; all are counted."""
 
 END_REASONS = ("done", "window", "max_turns", "context_length", "not_played")
 """Why an episode stopped: the environment said done, the curriculum window closed, the horizon or the context ran out."""
@@ -198,13 +198,25 @@ class Microbatch:
 
 @dataclass(kw_only=True)
 class TeacherTarget:
-    """What the teacher says at the trained positions of one microbatch.
+    """What a teacher in the trainer's processes says at the trained positions of one microbatch.
 
     Example: `TeacherTarget(hidden=hidden, head=head)` with `hidden [S, H_t]` and this rank's `head [V/tp, H_t]`.
     """
 
     hidden: torch.Tensor  # [S, H_t] no gradient
     head: torch.Tensor  # [V/tp, H_t] no gradient, this rank's vocabulary shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerTarget:
+    """What a teacher behind a server says at the trained positions of one microbatch, at temperature 1.
+
+    Example: `ServerTarget(logprob=logprob, topk_ids=ids, topk_logprobs=logprobs)`, [S], [S, k] and [S, k].
+    """
+
+    logprob: torch.Tensor  # [S] fp32, of the sampled token
+    topk_ids: torch.Tensor | None = None  # [S, k] int64, -1 where the student has no such token; None where none were asked
+    topk_logprobs: torch.Tensor | None = None  # [S, k] fp32, likeliest first
 
 
 Carrier = TypeVar("Carrier")

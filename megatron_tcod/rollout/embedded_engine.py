@@ -156,9 +156,17 @@ class EmbeddedEngine:
         for wave in warm_waves([list(prefix) for prefix in prefixes], least=SHARED_IN_BATCH):
             await asyncio.gather(*(self.generate(ids, once) for ids in wave))
 
+    @property
+    def cache_tokens(self) -> int:
+        """See `engine.RolloutEngine`."""
+        return self.max_total_tokens
+
     def take_prefix_reuse(self) -> PrefixReuse:
         """What its cache did since the last call; `prefix.py` defines the counts."""
         return self._ledger.take()
+
+    def close(self) -> None:
+        """It holds nothing outside this process."""
 
     @contextmanager
     def released(self) -> Iterator[None]:

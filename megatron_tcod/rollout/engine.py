@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from megatron_tcod.rollout.prefix import PrefixReuse
+
+
+class EngineFault(OSError):
+    """An engine could not answer one request. Ends the episode as `engine_fault`, not the run. The message is complete."""
+
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +57,13 @@ class Completion:
 
 class RolloutEngine(Protocol):
     version: int
-    """Of the weights that answer now: the number of optimizer steps behind them."""
+    """Of the weights that answer now: the number of optimizer steps behind them; -1 before there are any."""
+    cache_tokens: int | None
+    """Tokens that its prefix cache can hold; None where that is not known."""
 
-    async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Completion: ...
+    async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Completion:
+        """Raises ValueError for a request that no weights could serve, EngineFault where this one was not answered."""
+        ...
 
     async def prewarm(self, prefixes: Iterable[list[int]]) -> None:
         """Compute and keep the KV of each prefix once, so that requests that extend it start from there."""
@@ -63,4 +75,12 @@ class RolloutEngine(Protocol):
 
     def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         """Take Hugging Face named full tensors, drop every cached KV, and answer as `version` from now on."""
+        ...
+
+    def take_prefix_reuse(self) -> PrefixReuse:
+        """What the prefix cache did since the last call."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds outside this process. It does not generate any more."""
         ...

@@ -13,13 +13,14 @@ after the environment's own `normalise`. Whatever happens ends in an `Episode` w
     rejected_action    the environment refused a recorded action, and the recording does not show the same refusal
     no_demonstration   the window starts behind what is recorded
     env_fault          the environment raised `EnvironmentFault`
+    engine_fault       the engine raised `EngineFault` for one of the episode's requests
 
 A recorded observation that is empty was never recorded (action-only files) and is not compared.
 Rows to train on (`transcript.py`) exist for `ok` only. Seeds derive from (run seed, step, task, sample, turn), so that
 an episode does not depend on which rank plays it or on what else is played.
 
-It knows no tokens but through the tokenizer and no curricula: windows come in, episodes go out. Exceptions other than
-`EnvironmentFault` are bugs; they cancel the collection and propagate.
+It knows no tokens but through the tokenizer and no curricula: windows come in, episodes go out. Exceptions other than the
+two faults cancel the collection and propagate, and so does an engine's fault that no episode was spared.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from typing import Any, TypeVar
 
 from megatron_tcod.envs.base import Environment, EnvironmentFamily, EnvironmentFault, Step
 from megatron_tcod.rollout.chat import TurnTokenizer
-from megatron_tcod.rollout.engine import RolloutEngine, Sampling
+from megatron_tcod.rollout.engine import EngineFault, RolloutEngine, Sampling
 from megatron_tcod.rollout.prefix import plan_prefixes
 from megatron_tcod.rollout.transcript import HISTORY_MODES, Transcript
 from megatron_tcod.trajectory import Demonstration, DemonstrationTurn, Episode, Task, Turn, TurnWindow
@@ -182,11 +183,18 @@ async def _fan_out(plays: list[_Play], engine: RolloutEngine, *, budget: int | N
     """Let opened plays run, group by group, after what the prompts of a group share is computed once."""
     answering = [play for play in plays if play.can_answer]
     episodes = {play: await play.run() for play in plays if not play.can_answer}
+    faults: list[EngineFault] = []
     for group in plan_prefixes([play.prompt for play in answering], budget=budget, room=room, worth=SHORTEST_PREWARM):
-        if group.prefixes:
-            await engine.prewarm(group.prefixes)
+        try:
+            if group.prefixes:
+                await engine.prewarm(group.prefixes)
+        except EngineFault as fault:  # who asks for the prefix next computes it, or hears the same
+            logger.warning("computing shared prefixes failed: %s", fault)
         members = [answering[index] for index in group.members]
         episodes |= zip(members, await _all(play.run() for play in members), strict=True)
+        faults += [play.engine_fault for play in members if play.engine_fault]
+    if faults and len(faults) == len(answering):
+        raise faults[0]
     return [episodes[play] for play in plays]
 
 
@@ -224,6 +232,7 @@ class _Play:
         self._outcome, self._end_reason, self._detail = "ok", "", ""
         self._success = False
         self._version: int | None = None
+        self.engine_fault: EngineFault | None = None
 
     @property
     def prompt(self) -> list[int]:
@@ -266,6 +275,10 @@ class _Play:
                 await self._student_turn(len(self._turns))
         except EnvironmentFault as fault:
             self._end("not_played", "env_fault", str(fault))
+        except EngineFault as fault:
+            logger.warning("%s, sample %d: %s", self._assignment.task.task_id, self._assignment.sample, fault)
+            self._end("not_played", "engine_fault", f"{type(fault).__name__}: {fault}")
+            self.engine_fault = fault
         if not self._end_reason:
             self._end("context_length")
         await self.close()
@@ -326,9 +339,8 @@ class _Play:
             stop_token_ids=table.tokenizer.stop_token_ids,
         )
         completion = await table.engine.generate(list(self.prompt), sampling)
-        if self._version is None:
-            self._version = completion.weight_version
-        assert self._version == completion.weight_version, "the weights changed within an episode"
+        versions = [completion.weight_version, *([] if self._version is None else [self._version])]
+        self._version = min(versions)  # its oldest tokens bound what the episode is worth
         text = table.tokenizer.answer_text(completion.token_ids)
         recorded = DemonstrationTurn(observation="", action=parse_action(text, settings.action_format), text=text)
         self._transcript.answer_sampled(turn, completion, recorded.action)

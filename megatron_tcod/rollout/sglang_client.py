@@ -29,7 +29,7 @@ from typing import Any
 
 import aiohttp
 
-from megatron_tcod.rollout.engine import Sampling
+from megatron_tcod.rollout.engine import EngineFault, Sampling
 
 RETRYABLE_STATUS = frozenset({429, 500, 502, 503, 504})
 FLUSH_PAUSE_S = 0.05
@@ -37,7 +37,7 @@ KEEP_ALIVE_S = 2.0
 """Shorter than the servers' own 5 s, so that no request is written into a connection that the server just closed."""
 
 
-class RolloutError(RuntimeError):
+class RolloutError(EngineFault):
     """A server did not do what it was asked. `server` is its URL, `request_id` the request's."""
 
     def __init__(self, message: str, *, server: str, request_id: str = "") -> None:
@@ -92,6 +92,8 @@ class ServerFeatures:
     num_ranks: int = 1
     """Processes that hold weights: tp x pp x dp."""
     max_input_tokens: int = 0
+    cache_tokens: int = 0
+    """Tokens that the server's KV pool holds; 0 where it does not say."""
     has_update_session: bool = False
     """begin_weight_update and end_weight_update must frame updates (from 0.5.21)."""
     has_checksums: bool = False
@@ -118,6 +120,7 @@ class ServerFeatures:
             tp_size=sizes[0],
             num_ranks=math.prod(sizes),
             max_input_tokens=int(info.get("max_req_input_len") or 0),
+            cache_tokens=int(info.get("max_total_num_tokens") or 0),
             has_update_session="/begin_weight_update" in paths,
             has_checksums="/weights_checker" in paths,
             has_seeds=bool(info.get("enable_deterministic_inference")),
@@ -258,9 +261,6 @@ class SGLangClient:
     async def resume_memory(self) -> None:
         """Only after `release_memory`: a server that released nothing dies of it."""
         await self._control("POST", "/resume_memory_occupation", {})
-
-    async def weight_version(self) -> str:
-        return str((await self._control("GET", "/model_info")).get("weight_version", ""))
 
     async def checksums(self) -> dict[str, str]:
         """Of every weight the server holds, by its own fused names; one rank only."""

@@ -20,6 +20,10 @@ Until that has succeeded the engine does not generate. Every request carries the
 of older weights is never reused even if a flush was lost, and every answer names the versions of its tokens: one that is
 not within `max_staleness` of the engine's is refused with StaleWeights and counted.
 
+Staleness. With `max_staleness` 0 an update finds no request in flight. With more, requests go on through it: those that
+run are put back and continue under the new weights, those that come wait until it is over, and `released` changes
+nothing, because the servers generate while the trainer trains.
+
 Servers. A request goes where most of its prompt is cached, or else to the server with least to do. A server that was
 launched here and died is restarted once for all who wait, gets the last weights again, proves them, and the requests that
 died with it are repeated; nothing but tokens is lost. Attached servers are not restarted.
@@ -32,7 +36,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -62,6 +65,8 @@ logger = logging.getLogger(__name__)
 
 BUSY_FLUSH_S = 1.0
 """How long a flush is tried while requests wait on a paused server."""
+UPDATE_POLL_S = 0.02
+"""How often a request that came during an update looks whether it is over."""
 WARM_AT_LEAST = 32
 """Shared runs of fewer tokens are computed again rather than warmed in a wave of their own."""
 
@@ -116,15 +121,13 @@ class SGLangEngine:
         deadline_s: float = 600.0,
         update_deadline_s: float = 600.0,
         max_staleness: int = 0,
-        is_updater: bool = True,
         probe: Callable[[], Probe] | None = None,
         client_type: type[SGLangClient] = SGLangClient,
     ) -> None:
         """`vocab_size` real ids of `head_rows` (default: the same). `max_concurrent` requests per server.
 
         `sync` None: the servers keep the weights of their model path, which count as version 0, and `load_weights` is an
-        error. `is_updater` False: another rank's engine updates the same servers; this one only waits for the version.
-        `probe` gives the trainer's own numbers after an update, on the rank that calls `load_weights`.
+        error. `probe` gives the trainer's own numbers after an update, on the rank that calls `load_weights`.
         """
         if not servers:
             raise ValueError("need at least one server")
@@ -136,9 +139,9 @@ class SGLangEngine:
         self.counters = EngineCounters()
         self._servers, self._sync = list(servers), sync
         self._masked = tuple(range(vocab_size, rows))
-        self._max_staleness, self._is_updater, self._probe = max_staleness, is_updater, probe
+        self._max_staleness, self._probe = max_staleness, probe
         self._update_deadline_s = update_deadline_s
-        self._is_ready, self._is_released = sync is None, False
+        self._is_ready, self._is_released, self._is_updating = sync is None, False, False
         self._num_in_flight, self._counting = 0, threading.Lock()
         self._expected: Expected | None = None
         self._last_probe: Probe | None = None
@@ -171,10 +174,7 @@ class SGLangEngine:
         One request with n samples where the samplings differ in their seeds only and the server ignores those;
         else the prompt is warmed and the samples follow.
         """
-        if not self._is_ready:
-            raise RuntimeError(
-                "the engine has no proven weights (never loaded, released, or refused); call load_weights first"
-            )
+        await self._await_update()
         for sampling in samplings:
             self._check(prompt_ids, sampling)
         first = samplings[0]
@@ -192,6 +192,11 @@ class SGLangEngine:
         for wave in warm_waves([list(prefix) for prefix in prefixes], least=WARM_AT_LEAST):
             await asyncio.gather(*(self.generate(ids, once) for ids in wave))
 
+    @property
+    def cache_tokens(self) -> int | None:
+        """See `engine.RolloutEngine`. Of all servers together."""
+        return sum(link.features.cache_tokens for link in self._links) or None
+
     def take_prefix_reuse(self) -> PrefixReuse:
         """What the servers' caches did since the last call; `prefix.py` defines the counts."""
         return self._ledger.take()
@@ -199,17 +204,19 @@ class SGLangEngine:
     @contextmanager
     def released(self) -> Iterator[None]:
         """See `engine.RolloutEngine`. Frees GPU memory where the servers run with --enable-memory-saver, and flushes
-        elsewhere. After the block the engine waits for `load_weights`."""
+        elsewhere. After the block the engine waits for `load_weights`. With staleness it does nothing."""
+        if self._max_staleness:
+            yield
+            return
         self._require_idle("be released")
         self._is_ready, self._is_released = False, True
         released: list[Link] = []
         try:
-            if self._is_updater:
-                self._flush()
-                for link in self._links:
-                    if link.features.has_memory_saver:
-                        link.call(link.client.release_memory())
-                        released.append(link)
+            self._flush()
+            for link in self._links:
+                if link.features.has_memory_saver:
+                    link.call(link.client.release_memory())
+                    released.append(link)
             yield
         finally:
             for link in released:  # and no other: a server that released nothing dies of it
@@ -227,19 +234,16 @@ class SGLangEngine:
             raise RuntimeError("load_weights inside released(): leave the block first, the memory is the trainer's there")
         if not self._max_staleness:
             self._require_idle("take weights")
-        self._is_ready = False
-        if self._is_updater:
+        self._is_ready, self._is_updating = False, True
+        try:
             self._update(weights, version)
-        else:
-            for _ in weights:  # reading them may be collective
-                pass
-            self._await_version(version)
-        self._last_probe = self._probe() if self._probe else None
-        self.version = version
-        for link in self._links:
-            self._start(self._prove_by_probe(link)).result()
-        self._start(self._forget_prefixes()).result()
-        self._is_ready = True
+            self._last_probe = self._probe() if self._probe else None
+            for link in self._links:
+                link.call(self._prove_by_probe(link))
+            self._start(self._forget_prefixes()).result()
+            self._is_ready = True
+        finally:
+            self._is_updating = False
 
     def close(self) -> None:
         """Close the connections. The servers run on."""
@@ -283,6 +287,15 @@ class SGLangEngine:
                 logger.warning("%s; asked again", error)
                 is_repeated = True
                 self.counters.repeated += 1
+
+    async def _await_update(self) -> None:
+        """With staleness requests may come during an update, and wait for its end."""
+        while self._max_staleness and self._is_updating:
+            await asyncio.sleep(UPDATE_POLL_S)
+        if not self._is_ready:
+            raise RuntimeError(
+                "the engine has no proven weights (never loaded, released, or refused); call load_weights first"
+            )
 
     async def _revive(self, index: int, generation: int) -> bool:
         """Whether the server has been restarted since `generation`, by this call or by another request's."""
@@ -358,7 +371,7 @@ class SGLangEngine:
         """UnprovenWeights unless the server gives the probe's tokens the trainer's log-probabilities."""
         probe = self._last_probe
         if probe is None:
-            if self._is_updater and not self._expected.can_tell:
+            if not self._expected.can_tell:
                 self.counters.unproven_updates += 1
                 logger.warning("%s cannot prove its weights (%s); give a probe", link.client.url, link.features)
             return
@@ -390,6 +403,7 @@ class SGLangEngine:
             self._flush()
             for link in self._links:
                 link.call(self._prove(link))
+            self.version = version  # before requests go on: their next tokens are of this version
         finally:
             for link in paused:
                 link.call(link.client.resume())
@@ -405,14 +419,6 @@ class SGLangEngine:
                 message = "%s does not flush under waiting requests (up to 0.5.20); the salt keeps old prefixes apart"
                 logger.warning(message, link.client.url)
         self._start(self._forget_prefixes()).result()
-
-    def _await_version(self, version: int) -> None:
-        deadline = time.monotonic() + self._update_deadline_s
-        for link in self._links:
-            while link.call(link.client.weight_version()) != str(version):
-                if time.monotonic() > deadline:
-                    raise UnprovenWeights(f"{link.client.url} did not take version {version}; did its updater fail?")
-                time.sleep(0.05)
 
     def _check(self, prompt_ids: list[int], sampling: Sampling) -> None:
         """ValueError for what SGLang would refuse, cut short, or, for ids beyond its vocabulary, die of."""

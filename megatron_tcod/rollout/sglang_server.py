@@ -47,7 +47,7 @@ OTHERS_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GRO
 """Of the trainer's torchrun; a server that saw them would look for the trainer's ranks."""
 
 
-class ServerStartFailed(RuntimeError):
+class ServerStartFailed(OSError):
     """The server ended or was not healthy in time; the message has the end of its log."""
 
 

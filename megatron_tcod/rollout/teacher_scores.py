@@ -26,38 +26,27 @@ import torch
 
 from megatron_tcod.rollout.engine import Sampling
 from megatron_tcod.rollout.sglang_client import GarbledAnswer, LogprobMismatch, ServerFeatures, generate_body, parse_answer
-from megatron_tcod.trajectory import Microbatch
+from megatron_tcod.trajectory import Microbatch, ServerTarget
 
 LARGEST_LOGPROB = 1e-3
 """How far above 0 rounding may push a log-probability."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServerTarget:
-    """What a teacher behind a server says at the trained positions of one microbatch.
+def unset_target(num_trained: int, top_k: int, device: torch.device | str = "cpu") -> ServerTarget:
+    """A target [S], [S, k] of NaN everywhere."""
+    logprob = torch.full((num_trained,), torch.nan, device=device)
+    if not top_k:
+        return ServerTarget(logprob=logprob)
+    ids = torch.full((num_trained, top_k), -1, dtype=torch.int64, device=device)
+    return ServerTarget(logprob=logprob, topk_ids=ids, topk_logprobs=torch.full_like(ids, torch.nan, dtype=torch.float32))
 
-    Example: `ServerTarget(logprob=logprob, topk_ids=ids, topk_logprobs=logprobs)`, [S], [S, k] and [S, k].
-    """
 
-    logprob: torch.Tensor  # [S] fp32, of the sampled token, temperature 1
-    topk_ids: torch.Tensor | None = None  # [S, k] int64, -1 where the student has no such token
-    topk_logprobs: torch.Tensor | None = None  # [S, k] fp32, likeliest first
-
-    @staticmethod
-    def unset(num_trained: int, top_k: int, device: torch.device | str = "cpu") -> ServerTarget:
-        """NaN everywhere."""
-        logprob = torch.full((num_trained,), torch.nan, device=device)
-        if not top_k:
-            return ServerTarget(logprob=logprob)
-        ids = torch.full((num_trained, top_k), -1, dtype=torch.int64, device=device)
-        return ServerTarget(logprob=logprob, topk_ids=ids, topk_logprobs=torch.full_like(ids, torch.nan, dtype=torch.float32))
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ServerTarget:
-        """`change` applied to each tensor, in the order of the fields."""
-        logprob = change(self.logprob)
-        if self.topk_ids is None:
-            return ServerTarget(logprob=logprob)
-        return ServerTarget(logprob=logprob, topk_ids=change(self.topk_ids), topk_logprobs=change(self.topk_logprobs))
+def map_target(target: ServerTarget, change: Callable[[torch.Tensor], torch.Tensor]) -> ServerTarget:
+    """`change` applied to each tensor, in the order of the fields."""
+    logprob = change(target.logprob)
+    if target.topk_ids is None:
+        return ServerTarget(logprob=logprob)
+    return ServerTarget(logprob=logprob, topk_ids=change(target.topk_ids), topk_logprobs=change(target.topk_logprobs))
 
 
 @dataclass(frozen=True)

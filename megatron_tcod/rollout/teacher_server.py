@@ -37,8 +37,16 @@ from megatron_tcod.rollout.engine import Completion, Sampling
 from megatron_tcod.rollout.prefix import PrefixLedger, PrefixReuse, plan_prefixes, warm_waves
 from megatron_tcod.rollout.sglang_client import RolloutError, ServerFeatures, generate_body, parse_answer
 from megatron_tcod.rollout.teacher_identity import Server, check_teacher
-from megatron_tcod.rollout.teacher_scores import RowScore, ScoredRow, ServerTarget, read_score, rows_of, score_body
-from megatron_tcod.trajectory import Microbatch
+from megatron_tcod.rollout.teacher_scores import (
+    RowScore,
+    ScoredRow,
+    map_target,
+    read_score,
+    rows_of,
+    score_body,
+    unset_target,
+)
+from megatron_tcod.trajectory import Microbatch, ServerTarget
 
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
@@ -48,7 +56,7 @@ WORTH_A_REQUEST = 32
 """A prefix is warmed where that saves at least so many tokens."""
 
 
-class TeacherFailed(RuntimeError):
+class TeacherFailed(OSError):
     """The rank that asks the teacher's server failed; its own message names the cause."""
 
 
@@ -123,9 +131,9 @@ class ServerTeacher:
             return targets
         if targets is None:
             targets = [
-                ServerTarget.unset(one.positions.numel(), self.top_k, one.token_ids.device) for one in microbatches
+                unset_target(one.positions.numel(), self.top_k, one.token_ids.device) for one in microbatches
             ]
-        return [target.map(self._from_asking_rank) for target in targets]
+        return [map_target(target, self._from_asking_rank) for target in targets]
 
     def warm_ahead(self, prefixes: Sequence[Sequence[int]]) -> None:
         """Have the server compute prefixes while the caller goes on, as many as its cache holds together.
@@ -266,7 +274,7 @@ class ServerTeacher:
         rows = [row for index, microbatch in enumerate(microbatches) for row in rows_of(index, microbatch)]
         tokens = [microbatch.token_ids.cpu().numpy() for microbatch in microbatches]
         scores = self._call(self._score_rows(rows, tokens))
-        targets = [ServerTarget.unset(microbatch.positions.numel(), self.top_k) for microbatch in microbatches]
+        targets = [unset_target(microbatch.positions.numel(), self.top_k) for microbatch in microbatches]
         for row, score in zip(rows, scores, strict=True):
             target = targets[row.microbatch]
             target.logprob[row.slots] = torch.from_numpy(score.logprobs)
@@ -275,7 +283,7 @@ class ServerTeacher:
                 target.topk_logprobs[row.slots] = torch.from_numpy(score.topk_logprobs)
         assert not any(target.logprob.isnan().any() for target in targets), "a trained token without a score"
         devices = [microbatch.token_ids.device for microbatch in microbatches]
-        return [target.map(lambda t, to=device: t.to(to)) for target, device in zip(targets, devices, strict=True)]
+        return [map_target(target, lambda t, to=device: t.to(to)) for target, device in zip(targets, devices, strict=True)]
 
     def _on_asking_rank(self, work: Callable[[], Result]) -> Result | None:
         """What `work` returns on the rank that asks, None on the others of `tp_group`; where it fails, all fail."""

@@ -30,7 +30,7 @@ TILE_WORDS = 8192
 _LOW, _ALL = (1 << 32) - 1, (1 << 64) - 1
 
 
-class UnprovenWeights(RuntimeError):
+class UnprovenWeights(OSError):
     """A server holds other weights than it was given."""
 
 

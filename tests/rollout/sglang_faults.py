@@ -2,6 +2,7 @@
 
     server = FaultyServer(); url = await server.start()           # or: async with FaultyServer() as server
     server.faults[prompt_id] = "half_body"                        # prompts that begin with this id
+    server.poison[token_id] = "hang"                              # prompts that hold this id anywhere
     server.fired                                                  # faults that happened, in order
     python tests/rollout/sglang_faults.py --port 31000 --config keys.yaml     # as a process: what a launched server is
 
@@ -35,6 +36,7 @@ def answering(body):
 class FaultyServer:
     def __init__(self, *, api_key="", admin_key="", is_new=True, has_memory_saver=False, has_spans=True) -> None:
         self.faults: dict[int, str] = {}
+        self.poison: dict[int, str] = {}
         self.num_faults_left = 10**9
         self.fired: list[str] = []
         self.calls: list[str] = []
@@ -128,7 +130,7 @@ class FaultyServer:
     async def _answer(self, request, body):
         prompt, params = body["input_ids"], body["sampling_params"]
         self.salts.append(body.get("cache_salt", body.get("extra_key", "")))
-        fault = self.faults.get(prompt[0])
+        fault = self.faults.get(prompt[0]) or next((self.poison[token] for token in prompt if token in self.poison), None)
         if fault and self.num_faults_left:
             self.num_faults_left -= 1
             self.fired.append(fault)

@@ -9,9 +9,12 @@ import torch
 
 pytest.importorskip("aiohttp")
 
-from sglang_faults import FaultyServer, expected_ids  # noqa: E402  needs aiohttp
+from fakes import Script, scripted_family  # noqa: E402
+from sglang_faults import VOCAB, FaultyServer, expected_ids  # noqa: E402  needs aiohttp
+from tokenizer_fixtures import small_tokenizer  # noqa: E402
 
 from megatron_tcod.rollout.engine import Sampling  # noqa: E402
+from megatron_tcod.rollout.episodes import Assignment, PlaySettings, collect_episodes  # noqa: E402
 from megatron_tcod.rollout.prefix_router import PrefixRouter  # noqa: E402
 from megatron_tcod.rollout.sglang_client import (  # noqa: E402
     DeadlineExceeded,
@@ -27,6 +30,7 @@ from megatron_tcod.rollout.sglang_engine import Probe, SGLangEngine, StaleWeight
 from megatron_tcod.rollout.sglang_server import attach  # noqa: E402
 from megatron_tcod.rollout.weight_proof import UnprovenWeights  # noqa: E402
 from megatron_tcod.rollout.weight_sync import FromDisk  # noqa: E402
+from megatron_tcod.trajectory import TurnWindow  # noqa: E402
 
 DEADLINE_S = 2.0
 FAULTS = {
@@ -279,17 +283,83 @@ def test_weights_that_fail_the_probe_are_not_used(stage):
     assert_right([1], 0, gather(stage.engine, [[1]])[0][0], version="5")
 
 
-def test_an_engine_that_does_not_update_waits_for_the_version(stage):
-    link = stage.engine._links[0]
-    follower = SGLangEngine(
-        [attach(link.client.url)], stage.engine._sync, vocab_size=97, max_context=256, is_updater=False, update_deadline_s=0.3
+@pytest.mark.parametrize(
+    "stage,waits", [(dict(engine_options=dict(max_staleness=1)), True), ({}, False)], indirect=["stage"]
+)
+def test_requests_that_come_during_an_update_wait_for_it_with_staleness_and_are_refused_without(stage, waits):
+    is_reading, may_go_on = threading.Event(), threading.Event()
+
+    def slow_weights():
+        is_reading.set()
+        assert may_go_on.wait(10)
+        yield from weights()
+
+    async def play():
+        update = asyncio.create_task(asyncio.to_thread(stage.engine.load_weights, slow_weights(), 4))
+        await asyncio.to_thread(is_reading.wait, 10)
+        request = asyncio.create_task(stage.engine.generate([1], Sampling(max_new_tokens=5)))
+        done, _ = await asyncio.wait([request], timeout=0.2)
+        may_go_on.set()
+        await update
+        return bool(done), (await asyncio.gather(request, return_exceptions=True))[0]
+
+    is_done, result = asyncio.run(play())
+    assert is_done != waits
+    if waits:
+        assert_right([1], 0, result, version="4")
+        with stage.engine.released():  # the servers go on while the trainer trains
+            assert_right([2], 1, gather(stage.engine, [[1], [2]])[1][0], version="4")
+    else:
+        assert "no proven weights" in str(result)
+
+
+def collected(stage, tokenizer, letters):
+    """Two turns for each letter, which its second observation holds."""
+    scripts = {letter: Script(observations=["You are here.", f"It says {letter}.", "end"]) for letter in letters}
+    family = scripted_family(scripts)
+    assignments = [Assignment(task=task, window=TurnWindow(0, 2)) for task in family.tasks("train")]
+    play = PlaySettings(max_turns=2, max_new_tokens=5, max_context=200)
+    engine = SGLangEngine(
+        [attach(stage.engine._links[0].client.url)],
+        None,
+        vocab_size=tokenizer.vocab_size,
+        max_context=200,
+        deadline_s=DEADLINE_S,
     )
-    consumed = []
-    follower.load_weights((consumed.append(name) or (name, tensor) for name, tensor in weights()), version=3)
-    assert consumed == ["model.norm.weight"] and follower.version == 3
-    with pytest.raises(UnprovenWeights, match="did not take version 4"):
-        follower.load_weights(weights(), version=4)
-    follower.close()
+    try:
+        return asyncio.run(
+            collect_episodes(family, assignments, engine=engine, tokenizer=tokenizer, settings=play, step=0)
+        )
+    finally:
+        engine.close()
+
+
+def test_a_request_that_fails_ends_its_episode_by_name_and_no_other(stage, tmp_path):
+    """Every fault in the second turn of one episode of a collection, beside one without."""
+    tokenizer = small_tokenizer(tmp_path / "tokenizer")
+    letters = "ðñòóôõö÷"  # their last byte's id is above what the server samples
+    undisturbed = collected(stage, tokenizer, letters)
+    assert [episode.outcome for episode in undisturbed] == ["ok"] * 8
+    for letter, name in zip(letters, FAULTS, strict=False):
+        poison = tokenizer.answer(letter)[-2]
+        assert poison >= VOCAB
+        stage.server.poison[poison] = name
+    started = time.monotonic()
+    disturbed = collected(stage, tokenizer, letters)
+    assert time.monotonic() - started < DEADLINE_S + 5
+    assert set(stage.server.fired) == set(FAULTS)
+    assert [episode.outcome for episode in disturbed] == ["engine_fault"] * 7 + ["ok"]
+    for episode, before, error in zip(disturbed, undisturbed, FAULTS.values(), strict=False):
+        assert episode.detail.startswith(error.__name__) and episode.rows == []
+        assert [turn.token_ids for turn in episode.turns] == [before.turns[0].token_ids]
+    assert disturbed[7] == undisturbed[7]
+
+
+def test_a_collection_of_which_nothing_is_left_ends_with_the_engines_message(stage, tmp_path):
+    tokenizer = small_tokenizer(tmp_path / "tokenizer")
+    stage.server.poison[tokenizer.answer("à")[-2]] = "garbage"
+    with pytest.raises(GarbledAnswer, match="not JSON"):
+        collected(stage, tokenizer, "à")
 
 
 def test_a_prompt_goes_where_most_of_it_was_computed_unless_that_server_is_busy():
