@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from megatron_tcod.config import Config, ObjectiveConfig, ParallelConfig, RolloutConfig
+from megatron_tcod import serving
+from megatron_tcod.config import SGLANG, Config, ObjectiveConfig, ParallelConfig, RolloutConfig
 from megatron_tcod.curriculum import Curriculum, Schedule, make_curriculum
 from megatron_tcod.envs import load_env
 from megatron_tcod.envs.base import EnvironmentFamily
@@ -28,19 +31,28 @@ from megatron_tcod.model.teacher import Teacher
 from megatron_tcod.model.weight_files import read_json
 from megatron_tcod.objective import make_objective
 from megatron_tcod.packing import pack
+from megatron_tcod.rollout.ahead import CollectAhead
 from megatron_tcod.rollout.chat import TurnTokenizer
 from megatron_tcod.rollout.embedded_engine import EmbeddedEngine
 from megatron_tcod.rollout.engine import RolloutEngine
 from megatron_tcod.rollout.episodes import Assignment, PlaySettings, collect_episodes
+from megatron_tcod.rollout.prefix import PrefixReuse, step_prefixes
 from megatron_tcod.rollout.supervised import demonstration_episode
 from megatron_tcod.trajectory import Demonstration, Episode, Microbatch, Task, TurnWindow, decode, encode
 
+if TYPE_CHECKING:
+    from megatron_tcod.rollout.teacher_server import ServerTeacher
+
 EXPERT_DEMONSTRATIONS = "expert"
+
+Play = Callable[..., Coroutine[Any, Any, list[Episode]]]
+"""`play(tasks, windows, step=, curriculum_k=)`: this rank's share of the episodes. Not collective."""
 
 
 @dataclass(kw_only=True)
 class Assembly:
-    """The collaborators of one run. `teacher` is None and `engine` plays only evaluations for the sft objective."""
+    """The collaborators of one run. `teacher` is None and `engine` plays only evaluations for the sft objective. Close it
+    to stop the servers that it launched."""
 
     config: Config
     tokenizer: TurnTokenizer
@@ -48,8 +60,10 @@ class Assembly:
     demonstrations: dict[str, Demonstration]
     curriculum: Curriculum
     student: PretrainedStudent
-    teacher: Teacher | None
+    teacher: Teacher | ServerTeacher | None
     engine: RolloutEngine
+    players: list[int]
+    """Ranks that play episodes."""
     objective: Callable[..., Any]
     """Of training."""
     collect: Callable[..., list[Episode]]
@@ -57,11 +71,16 @@ class Assembly:
     train_tasks: Sequence[Task]
     vocab_size: int
     """Ids that mean something to model and tokenizer: those that are sampled and compared."""
+    closing: ExitStack = field(default_factory=ExitStack)
+    """What to end, last things first."""
+
+    def close(self) -> None:
+        """End what plays ahead, connections and launched servers. Not collective."""
+        self.closing.close()
 
     def tasks_of(self, step: int) -> list[Task]:
         """The step's tasks: each epoch visits every training task once, in an order drawn from the seed."""
-        batch, seed = self.config.rollout.rollout_batch_size, self.config.training.seed
-        return [self.train_tasks[index] for index in batch_indices(step, batch, len(self.train_tasks), seed)]
+        return tasks_of_step(self.config, self.train_tasks, step)
 
     def demonstrations_of(self, step: int) -> list[Episode]:
         """The step's recorded turns as rows to imitate: from the file, or played by the environment's expert now."""
@@ -82,9 +101,7 @@ class Assembly:
 
     def objective_named(self, settings: ObjectiveConfig) -> Callable[..., Any]:
         """An objective over the same vocabulary and at the same temperatures."""
-        return objective_of(
-            settings, temperature=self.config.rollout.rollout_temperature, vocab_size=self.vocab_size
-        )
+        return objective_of(settings, self.config.rollout, vocab_size=self.vocab_size)
 
     def play_in_full(
         self, tasks: Sequence[Task], *, temperature: float, seed: int, num_samples: int = 1
@@ -92,7 +109,7 @@ class Assembly:
         """The student plays whole episodes, whatever the curriculum, with other sampling than in training. Seeds do not
         depend on the step, so that two plays are paired. Collective."""
         settings = play_settings(self.config.rollout, temperature=temperature, seed=seed)
-        collect = make_collect(
+        play = make_play(
             family=self.family,
             engine=self.engine,
             tokenizer=self.tokenizer,
@@ -100,13 +117,55 @@ class Assembly:
             settings=settings,
             num_samples=num_samples,
             env_options=self.config.environment.env_options,
+            players=self.players,
         )
         horizon = TurnWindow(0, settings.max_turns)
-        return collect(tasks, [horizon] * len(tasks), step=0, curriculum_k=settings.max_turns)
+        own = asyncio.run(play(tasks, [horizon] * len(tasks), step=0, curriculum_k=settings.max_turns))
+        return gather_episodes(own, num_tasks=len(tasks), num_samples=num_samples, players=self.players)
 
     def publish_weights(self, version: int) -> None:
-        """Hand the student's weights to the engine. Collective."""
-        self.engine.load_weights(self.student.hf_weights(), version=version)
+        """Hand the student's weights to the engine unless it has them. Collective."""
+        if self.engine.version != version:
+            self.engine.load_weights(self.student.hf_weights(), version=version)
+
+    def take_prefix_counts(self) -> dict[str, int]:
+        """This rank's share of `metrics.PREFIX_COUNTS` since the last call."""
+        counts = prefix_counts("prefix", self.engine.take_prefix_reuse())
+        if serving.is_teacher_served(self.config):
+            scored = self.teacher.take_counts()
+            counts |= prefix_counts("teacher_prefix", self.teacher.take_prefix_reuse())
+            counts |= {"teacher_prefix/scored": scored.tokens, "teacher_prefix/computed": scored.computed}
+        return counts
+
+    def warm_teacher(self, step: int) -> None:
+        """Have a teacher's server compute, in the background, the replayed prefixes that `step` will score."""
+        if not serving.is_teacher_served(self.config) or step >= self.config.training.train_iters:
+            return
+        rollout = self.config.rollout
+        prefixes = step_prefixes(
+            step,
+            self.tasks_of(step),
+            curriculum=self.curriculum,
+            demonstrations=self.demonstrations,
+            tokenizer=self.tokenizer,
+            history_mode=rollout.history_mode,
+            compact_turns=rollout.history_length,
+        )
+        self.teacher.warm_ahead(prefixes[parallel.dp_rank() :: parallel.dp_size()])
+
+
+def prefix_counts(who: str, reuse: PrefixReuse) -> dict[str, int]:
+    return {
+        f"{who}/reusable": reuse.reusable_tokens,
+        f"{who}/reused": reuse.reused_tokens,
+        f"{who}/recomputed": reuse.recomputed_tokens,
+        f"{who}/warmed": reuse.warmed_tokens,
+    }
+
+
+def tasks_of_step(config: Config, train_tasks: Sequence[Task], step: int) -> list[Task]:
+    batch, seed = config.rollout.rollout_batch_size, config.training.seed
+    return [train_tasks[index] for index in batch_indices(step, batch, len(train_tasks), seed)]
 
 
 def batch_indices(step: int, batch: int, num_tasks: int, seed: int) -> list[int]:
@@ -190,11 +249,11 @@ def train_tasks(
     return family.tasks(environment.train_split, count=environment.train_tasks, **environment.env_options)
 
 
-def objective_of(settings: ObjectiveConfig, *, temperature: float, vocab_size: int) -> Callable[..., Any]:
+def objective_of(settings: ObjectiveConfig, rollout: RolloutConfig, *, vocab_size: int) -> Callable[..., Any]:
     chosen: dict[str, Any] = {"vocab_size": vocab_size, "backend": settings.divergence_backend}
     if settings.objective != "sft":
         chosen |= {
-            "student_temperature": temperature,
+            "student_temperature": rollout.rollout_temperature,
             "teacher_temperature": settings.teacher_temperature,
             "is_packed": settings.divergence_packed,
         }
@@ -202,10 +261,11 @@ def objective_of(settings: ObjectiveConfig, *, temperature: float, vocab_size: i
         chosen["beta"] = settings.beta
     if settings.objective == "sampled_token":
         chosen |= {name: getattr(settings, name) for name in ("kl_coef", "eps_clip", "eps_clip_high", "eps_clip_c")}
+        chosen["is_advantage_current"] = rollout.max_staleness > 0
     return make_objective(settings.objective, **chosen)
 
 
-def make_collect(
+def make_play(
     *,
     family: type[EnvironmentFamily],
     engine: RolloutEngine,
@@ -214,17 +274,21 @@ def make_collect(
     settings: PlaySettings,
     num_samples: int,
     env_options: dict[str, Any],
-) -> Callable[..., list[Episode]]:
-    """A `tcod.Collect` that deals the tasks over all ranks and gathers the episodes, in task order, on every one.
+    players: list[int],
+) -> Play:
+    """Plays this rank's share of the tasks, which are dealt over `players`.
 
     All samples of a task stay on one rank, which computes their shared prompt once.
     """
+    if parallel.rank() not in players:
+        return play_nothing
+    first, stride = players.index(parallel.rank()), len(players)
 
-    def collect(
+    async def play(
         tasks: Sequence[Task], windows: Sequence[TurnWindow], *, step: int, curriculum_k: int
     ) -> list[Episode]:
-        rank, world = parallel.rank(), parallel.world_size()
         earlier = [tasks[:index].count(task) for index, task in enumerate(tasks)]  # a batch may hold a task twice
+        shares = (tasks[first::stride], windows[first::stride], earlier[first::stride])
         mine = [
             Assignment(
                 task=task,
@@ -233,23 +297,65 @@ def make_collect(
                 demonstration=demonstrations.get(task.task_id),
                 curriculum_k=curriculum_k,
             )
-            for task, window, before in zip(tasks[rank::world], windows[rank::world], earlier[rank::world], strict=True)
+            for task, window, before in zip(*shares, strict=True)
             for sample in range(num_samples)
         ]
-        played = asyncio.run(
-            collect_episodes(
-                family, mine, engine=engine, tokenizer=tokenizer, settings=settings, step=step,
-                env_options=env_options,
-            )
+        return await collect_episodes(
+            family,
+            mine,
+            engine=engine,
+            tokenizer=tokenizer,
+            settings=settings,
+            step=step,
+            env_options=env_options,
+            prefix_budget=engine.cache_tokens // 2 if engine.cache_tokens else None,  # later turns need room too
         )
-        parts = [decode(part, list[Episode]) for part in parallel.all_gather_bytes(encode(played))]
-        episodes = []
-        for index in range(len(tasks)):
-            first = index // world * num_samples
-            episodes += parts[index % world][first : first + num_samples]
-        return episodes
+
+    return play
+
+
+async def play_nothing(
+    tasks: Sequence[Task], windows: Sequence[TurnWindow], *, step: int, curriculum_k: int
+) -> list[Episode]:
+    """The share of a rank that does not play."""
+    return []
+
+
+def gather_episodes(own: list[Episode], *, num_tasks: int, num_samples: int, players: list[int]) -> list[Episode]:
+    """The episodes of all players, in task order, on every rank. Collective."""
+    parts = [decode(part, list[Episode]) for part in parallel.all_gather_bytes(encode(own))]
+    episodes = []
+    for index in range(num_tasks):
+        first = index // len(players) * num_samples
+        episodes += parts[players[index % len(players)]][first : first + num_samples]
+    return episodes
+
+
+def make_collect(
+    play: Play, *, players: list[int], num_samples: int, ahead: CollectAhead[list[Episode]] | None
+) -> Callable[..., list[Episode]]:
+    """A `tcod.Collect`: plays when it is called, or hands out what was played `ahead`."""
+
+    def collect(
+        tasks: Sequence[Task], windows: Sequence[TurnWindow], *, step: int, curriculum_k: int
+    ) -> list[Episode]:
+        own = ahead.take(step) if ahead else asyncio.run(play(tasks, windows, step=step, curriculum_k=curriculum_k))
+        return gather_episodes(own, num_tasks=len(tasks), num_samples=num_samples, players=players)
 
     return collect
+
+
+def play_ahead(
+    config: Config, play: Play, curriculum: Curriculum, train_tasks: Sequence[Task]
+) -> CollectAhead[list[Episode]]:
+    """Steps to come, whose tasks and windows follow from their number."""
+
+    def play_step(step: int) -> Coroutine[Any, Any, list[Episode]]:
+        tasks = tasks_of_step(config, train_tasks, step)
+        windows = [curriculum.window(step, task) for task in tasks]
+        return play(tasks, windows, step=step, curriculum_k=curriculum.depth(step))
+
+    return CollectAhead(play_step, max_staleness=config.rollout.max_staleness, stop=config.training.train_iters)
 
 
 def embedded_engine(config: Config, student: PretrainedStudent, vocab_size: int) -> EmbeddedEngine:
@@ -262,48 +368,109 @@ def embedded_engine(config: Config, student: PretrainedStudent, vocab_size: int)
     )
 
 
+def join_world(config: Config) -> ParallelLayout:
+    """Collective over all ranks. Ranks that play nothing wait for those that do, and for servers to start."""
+    layout, minutes = layout_of(config.parallel), config.parallel.distributed_timeout_minutes
+    if serving.uses_servers(config):
+        minutes = max(minutes, 1 + math.ceil(config.sglang.server_start_timeout / 60))
+    parallel.initialize(layout, seed=config.training.seed, timeout_minutes=minutes)
+    return layout
+
+
 def assemble(config: Config) -> Assembly:
-    """Join the world and build everything. Collective over all ranks; `preflight` has found the user's mistakes."""
-    training, layout = config.training, layout_of(config.parallel)
-    parallel.initialize(layout, seed=training.seed)
+    """Join the world and build everything. Collective over all ranks; `preflight` has found the user's mistakes.
+
+    Servers start first, because they size their cache by the memory that they find free.
+    """
+    layout = join_world(config)
+    with ExitStack() as closing:
+        servers = [closing.enter_context(server) for server in serving.rollout_servers(config)]
+        run = build_run(config, layout, servers, closing)
+        run.closing = closing.pop_all()  # from here on the run's to close
+    return run
+
+
+def build_run(config: Config, layout: ParallelLayout, servers: list[Any], closing: ExitStack) -> Assembly:
+    """Models, engine and teacher over servers that run already; what must be ended goes to `closing`. Collective."""
+    training, rollout = config.training, config.rollout
     tokenizer = tokenizer_of(config, config.model.student)
     family = load_env(config.environment.env)
     demonstrations = load_demonstrations(config)
     student = PretrainedStudent(
         config.model.student, layout, optimizer_settings(config), init=config.model.init, seed=training.seed
     )
-    needs_teacher = config.objective.objective != "sft"
-    teacher = load_teacher(config.model.teacher, layout, student=student.shape) if needs_teacher else None
     vocab_size = min(tokenizer.vocab_size, student.shape.vocab_size)  # a model may have more rows than tokens
-    engine = embedded_engine(config, student, vocab_size)
-    settings = play_settings(config.rollout, temperature=config.rollout.rollout_temperature, seed=training.seed)
+    teacher = teacher_of(config, layout, student, tokenizer, vocab_size, closing)
+    engine = engine_of(config, student, servers, vocab_size)
+    closing.callback(engine.close)
+    curriculum, tasks = curriculum_of(config, demonstrations), train_tasks(config, family, demonstrations)
+    players = serving.player_ranks(config)
+    play = make_play(
+        family=family,
+        engine=engine,
+        tokenizer=tokenizer,
+        demonstrations=demonstrations,
+        settings=play_settings(rollout, temperature=rollout.rollout_temperature, seed=training.seed),
+        num_samples=rollout.n_samples_per_prompt,
+        env_options=config.environment.env_options,
+        players=players,
+    )
+    ahead = play_ahead(config, play, curriculum, tasks) if rollout.max_staleness else None
+    if ahead is not None:
+        closing.callback(ahead.close)
     return Assembly(
         config=config,
         tokenizer=tokenizer,
         family=family,
         demonstrations=demonstrations,
-        curriculum=curriculum_of(config, demonstrations),
+        curriculum=curriculum,
         student=student,
         teacher=teacher,
         engine=engine,
-        objective=objective_of(
-            config.objective,
-            temperature=config.rollout.rollout_temperature,
-            vocab_size=vocab_size,
-        ),
-        collect=make_collect(
-            family=family,
-            engine=engine,
-            tokenizer=tokenizer,
-            demonstrations=demonstrations,
-            settings=settings,
-            num_samples=config.rollout.n_samples_per_prompt,
-            env_options=config.environment.env_options,
-        ),
+        players=players,
+        objective=objective_of(config.objective, rollout, vocab_size=vocab_size),
+        collect=make_collect(play, players=players, num_samples=rollout.n_samples_per_prompt, ahead=ahead),
         pack=make_pack(config),
-        train_tasks=train_tasks(config, family, demonstrations),
+        train_tasks=tasks,
         vocab_size=vocab_size,
+        closing=closing,
     )
+
+
+def engine_of(config: Config, student: PretrainedStudent, servers: list[Any], vocab_size: int) -> RolloutEngine:
+    if config.rollout.rollout_engine != SGLANG:
+        return embedded_engine(config, student, vocab_size)
+    head_rows = student.shape.vocab_size
+    probe = serving.make_probe(
+        student,
+        vocab_size=vocab_size,
+        head_rows=head_rows,
+        max_context=config.rollout.rollout_max_context_len,
+        tolerance=config.sglang.weight_probe_tolerance,
+    )
+    return serving.served_engine(config, servers, vocab_size=vocab_size, head_rows=head_rows, probe=probe)
+
+
+def teacher_of(
+    config: Config,
+    layout: ParallelLayout,
+    student: PretrainedStudent,
+    tokenizer: TurnTokenizer,
+    vocab_size: int,
+    closing: ExitStack,
+) -> Teacher | ServerTeacher | None:
+    """The teacher in these processes or behind a server, or none for sft. Collective."""
+    if config.objective.objective == "sft":
+        return None
+    if not serving.is_teacher_served(config):
+        return load_teacher(config.model.teacher, layout, student=student.shape)
+    url, key, server = serving.teacher_address(config)
+    if server is not None:
+        closing.enter_context(server)
+    teacher = serving.served_teacher(config, url, key, vocab_size=vocab_size)
+    closing.callback(teacher.close)
+    teacher.check(tokenizer, max_context=config.rollout.rollout_max_context_len)
+    return teacher
 
 
 def needs_file(config: Config) -> bool:

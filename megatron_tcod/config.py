@@ -44,7 +44,7 @@ class ModelConfig:
     student: Annotated[str, also("--hf-checkpoint")] = ""
     """Hugging Face directory of the student: config.json, tokenizer.json and, unless `init` is random, safetensors."""
     teacher: Annotated[str, also("--opd-teacher-load")] = ""
-    """Hugging Face directory of the frozen teacher. Not read by the sft objective."""
+    """Hugging Face directory of the frozen teacher, or `sglang`: a server scores, see [sglang]. Not read by sft."""
     init: Literal["load", "random"] = "load"
     """`random` initialises the student from its config.json alone."""
     chat_template: str = "chatml"
@@ -63,6 +63,8 @@ class ParallelConfig:
     """Model chunks per pipeline rank for the interleaved schedule."""
     context_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share each sequence."""
+    distributed_timeout_minutes: int = Field(default=30, ge=1)
+    """Minutes that a rank waits for the others in a collective, rollouts of ranks that play included."""
 
 
 @validated(frozen=True, kw_only=True, config=STRICT)
@@ -153,8 +155,14 @@ class ObjectiveConfig:
 
 @validated(frozen=True, kw_only=True, config=STRICT)
 class RolloutConfig:
-    rollout_engine: Literal["embedded"] = "embedded"
-    """Who generates: `embedded` decodes in the trainer's processes."""
+    rollout_engine: Literal["embedded", "sglang"] = "embedded"
+    """Who generates: `embedded` decodes in the trainer's processes, `sglang` are servers of their own; see [sglang]."""
+    server: Annotated[dict[str, Any], tyro.conf.Fixed] = Field(default_factory=dict)
+    """SGLang's own flags for servers that are launched here, passed on untouched: [rollout.server] tp_size = 2. In the
+    file only."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Optimizer steps that the weights of a sampled token may be behind those that train on it. 0 plays and trains in
+    turn; above it the servers play the coming steps while one trains."""
     rollout_batch_size: int = Field(default=16, ge=1)
     """Tasks per optimizer step, over all data-parallel replicas."""
     n_samples_per_prompt: int = Field(default=1, ge=1)
@@ -176,9 +184,46 @@ class RolloutConfig:
     action_format: Literal["plain", "tags"] = "plain"
     """`plain`: the answer is the command. `tags`: <think>...</think><action>...</action>."""
     max_running_requests: int = Field(default=64, ge=1)
-    """Completions decoded together by the embedded engine, per rank."""
+    """Completions decoded together by the embedded engine, per rank; requests with one server at a time."""
     max_total_tokens: int = Field(default=262144, ge=1)
     """Token budget of the embedded engine's radix cache, per rank."""
+
+
+@validated(frozen=True, kw_only=True, config=STRICT)
+class SGLangConfig:
+    sglang_urls: list[str] = Field(default_factory=list)
+    """Servers to attach to, dealt evenly to the data-parallel replicas; empty launches servers on this machine."""
+    sglang_key_file: str = ""
+    """File with the API key of the attached servers in its first line and, if it differs, their admin key in the second."""
+    servers_per_replica: int = Field(default=1, ge=1)
+    """Servers that each data-parallel replica launches."""
+    sglang_python: str = ""
+    """Interpreter of the environment that SGLang is installed in; by default this one."""
+    sglang_program: str = "sglang.launch_server"
+    """Module to run, or path of a launcher script."""
+    weight_sync: Literal["auto", "tensor", "disk", "distributed"] = "auto"
+    """How new weights travel. `tensor`: in the request, same host. `disk`: a directory that all see, below the run's.
+    `distributed`: broadcast by NCCL, or gloo on CPUs. `auto`: tensor to launched servers, disk to attached ones."""
+    weight_sync_address: str = "127.0.0.1"
+    """distributed: this host's address as the servers reach it."""
+    weight_probe_tolerance: float = Field(default=0.05, ge=0)
+    """After each update the servers' log-probabilities of a probe must be as near to the trainer's; 0 asks no probe."""
+    request_timeout: float = Field(default=600.0, gt=0)
+    """Seconds a request may take with its retries."""
+    server_start_timeout: float = Field(default=900.0, gt=0)
+    """Seconds until a launched server must be healthy."""
+    teacher_url: str = ""
+    """teacher = sglang: the server to attach to."""
+    teacher_key_file: str = ""
+    """File with the teacher's API key in its first line."""
+    teacher_model: str = ""
+    """teacher = sglang: Hugging Face directory to launch a server with on this machine, instead of teacher_url."""
+    teacher_server: Annotated[dict[str, Any], tyro.conf.Fixed] = Field(default_factory=dict)
+    """SGLang's own flags for a teacher that is launched here: [sglang.teacher_server]. In the file only."""
+    teacher_top_k: int = Field(default=64, ge=0)
+    """Likeliest tokens that the teacher's server sends a position; 0 for the sampled token alone."""
+    teacher_max_inflight_tokens: int = Field(default=131072, ge=1)
+    """Tokens that may be with the teacher's server at a time."""
 
 
 @validated(frozen=True, kw_only=True, config=STRICT)
@@ -246,6 +291,7 @@ class Config:
     curriculum: CurriculumConfig = dataclasses.field(default_factory=CurriculumConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    sglang: SGLangConfig = dataclasses.field(default_factory=SGLangConfig)
     environment: EnvironmentConfig = dataclasses.field(default_factory=EnvironmentConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     demonstration: DemonstrationConfig = dataclasses.field(default_factory=DemonstrationConfig)
@@ -277,7 +323,41 @@ def check_fields_agree(config: Config) -> None:
         )
     if config.training.lr < config.training.min_lr:
         raise ConfigError(f"min_lr = {config.training.min_lr} exceeds lr = {config.training.lr}; lower min_lr")
+    check_servers(config)
 
+
+SGLANG = "sglang"
+
+
+def check_servers(config: Config) -> None:
+    """What a rollout engine or a teacher behind servers asks of the other settings."""
+    rollout, sglang, objective = config.rollout, config.sglang, config.objective
+    if rollout.max_staleness and rollout.rollout_engine != SGLANG:
+        raise ConfigError(
+            f"max_staleness = {rollout.max_staleness} plays while the trainer trains, which the embedded engine cannot; "
+            f"set rollout_engine = sglang, or max_staleness = 0"
+        )
+    if config.model.teacher != SGLANG or objective.objective == "sft":
+        return
+    if bool(sglang.teacher_url) == bool(sglang.teacher_model):
+        raise ConfigError(
+            f"teacher = sglang needs one of teacher_url (a server to attach to, {sglang.teacher_url!r}) and teacher_model "
+            f"(a directory to launch one with, {sglang.teacher_model!r}); give exactly one"
+        )
+    if not sglang.teacher_top_k and objective.objective != "sampled_token":
+        raise ConfigError(
+            f"teacher_top_k = 0 asks the teacher's server for the sampled token alone, objective = {objective.objective} "
+            f"compares distributions; raise teacher_top_k (64 is usual), or set objective = sampled_token"
+        )
+    if objective.teacher_temperature != 1.0:
+        raise ConfigError(
+            f"teacher_temperature = {objective.teacher_temperature}, but a server's log-probabilities are of temperature 1; "
+            f"set teacher_temperature = 1.0"
+        )
+
+
+FILE_ONLY = (("rollout", "server"), ("sglang", "teacher_server"))
+"""Tables of another program's flags, which cannot be flags of ours."""
 
 PARTS = {field.name: field.default_factory for field in dataclasses.fields(Config) if field.name != "fidelity"}
 
@@ -381,6 +461,9 @@ def parse_flags(tables: dict[str, Any], source: str, argv: list[str], prog: str)
             parts[name] = kind(**tables.get(name, {}))
         except pydantic.ValidationError as error:
             raise ConfigError(f"{source}: [{name}] {describe(error)}") from None
+    from_file = {(part, key): tables.get(part, {}).get(key, {}) for part, key in FILE_ONLY}
+    for part, key in FILE_ONLY:  # their entries are no flags of ours
+        parts[part] = dataclasses.replace(parts[part], **{key: {}})
     unchecked = dataclasses.make_dataclass(
         "Flags", [(name, PARTS[name], dataclasses.field(default=part)) for name, part in parts.items()], kw_only=True
     )
@@ -396,10 +479,12 @@ def parse_flags(tables: dict[str, Any], source: str, argv: list[str], prog: str)
             raise
         raise ConfigError(explain_flag_error(argv, complaint.getvalue())) from None
     chosen = {name: dataclasses.asdict(getattr(flags, name)) for name in PARTS}
-    from_file = tables.get("environment", {}).get("env_options", {})
+    for (part, key), table in from_file.items():
+        chosen[part][key] = table
+    options_of_file = tables.get("environment", {}).get("env_options", {})
     options = chosen["environment"]["env_options"]
     chosen["environment"]["env_options"] = {
-        name: value if from_file.get(name) == value else scalar(value) for name, value in options.items()
+        name: value if options_of_file.get(name) == value else scalar(value) for name, value in options.items()
     }
     return build({**chosen, "fidelity": tables["fidelity"]}, "settings")
 
@@ -433,12 +518,19 @@ def to_toml(config: Config) -> str:
     for part in PARTS:
         lines += ["", f"[{part}]"]
         for key, value in dataclasses.asdict(getattr(config, part)).items():
-            if isinstance(value, dict):
-                items = ", ".join(f"{json.dumps(name)} = {json.dumps(item)}" for name, item in value.items())
-                lines.append(f"{key} = {{ {items} }}" if items else f"{key} = {{}}")
-            elif value is not None:
-                lines.append(f"{key} = {json.dumps(value)}")
+            if value is not None:
+                lines.append(f"{key} = {toml_value(value)}")
     return "\n".join(lines) + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML spells it; JSON spells all but tables alike."""
+    if isinstance(value, dict):
+        items = ", ".join(f"{json.dumps(name)} = {toml_value(item)}" for name, item in value.items())
+        return f"{{ {items} }}" if items else "{}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml_value, value))}]"
+    return json.dumps(value)
 
 
 def log_to_console() -> None:

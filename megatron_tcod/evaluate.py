@@ -14,15 +14,17 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from megatron_tcod.assembly import Assembly, assemble
 from megatron_tcod.config import load_config, log_to_console, run_entry_point, take_flag
-from megatron_tcod.metrics import TurnScores, scores_by_turn
+from megatron_tcod.metrics import TurnScores, scores_by_turn, turn_kl
 from megatron_tcod.model import parallel
 from megatron_tcod.preflight import preflight
+from megatron_tcod.serving import is_teacher_served
 from megatron_tcod.significance import discordant, mcnemar_exact, wilson_interval
 from megatron_tcod.tcod import measure
 from megatron_tcod.trajectory import Episode, decode, encode
@@ -37,7 +39,9 @@ def evaluate(run: Assembly, *, step: int) -> dict[str, Any]:
     episodes = run.play_in_full(tasks, temperature=config.eval_temperature, seed=config.eval_seed)
     scores: dict[int, dict[int, TurnScores]] = {}
     if run.teacher is not None:
-        measuring = run.objective_named(dataclasses.replace(run.config.objective, objective="reverse_kl"))
+        tells_sampled_alone = is_teacher_served(run.config) and not run.config.sglang.teacher_top_k
+        name = "sampled_token" if tells_sampled_alone else "reverse_kl"
+        measuring = run.objective_named(dataclasses.replace(run.config.objective, objective=name))
         microbatches, per_token = measure(
             episodes, student=run.student, teacher=run.teacher, objective=measuring, pack=run.pack
         )
@@ -67,7 +71,7 @@ def evaluation_record(
     temperature: float,
     seconds: float,
 ) -> dict[str, Any]:
-    """What an evaluation file holds; `report` reads it. KL values are reverse KL in nats, summed over a turn's tokens."""
+    """What an evaluation file holds; `report` reads it. KL values are `turn_kl`'s."""
     tasks = []
     for index, episode in enumerate(episodes):
         of_turn = scores.get(index, {})
@@ -77,7 +81,7 @@ def evaluation_record(
             "success": episode.success,
             "turns": len(episode.turns),
             "outcome": episode.outcome,
-            "kl_by_turn": [sum(of_turn[turn]["reverse_kl"]) for turn in sorted(of_turn)],
+            "kl_by_turn": [turn_kl(of_turn[turn]) for turn in sorted(of_turn)],
         })  # fmt: skip
     num_success = sum(task["success"] for task in tasks)
     trajectory_kls = [sum(task["kl_by_turn"]) for task in tasks if task["kl_by_turn"]]
@@ -194,7 +198,8 @@ def main(argv: list[str]) -> int:
     log_to_console()
     preflight(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     run = assemble(config)
-    record = evaluate(run, step=step_of(config.model.student))
+    with closing(run):
+        record = evaluate(run, step=step_of(config.model.student))
     if parallel.rank() == 0:
         print("\n".join(summary_lines(config.model.student, record)))
         if output:

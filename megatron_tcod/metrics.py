@@ -31,11 +31,18 @@ copies and pipeline stages without statistics pass empty lists.
     kl/forward kl/sampled     token means of the forward KL and of log p_student - log p_teacher at the sampled token
     entropy/student entropy/teacher logprob/student logprob/teacher     token means
     logprob/rollout_gap       mean |log p at training - log p at sampling|: how far engine and trainer disagree
+    prefix/reusable prefix/reused prefix/recomputed prefix/warmed       prompt ids of the rollouts that an unbounded cache
+                              would serve, that the engine's served, the difference, and what was computed ahead;
+                              `rollout/prefix.py` defines them
+    teacher_prefix/...        the same of a teacher behind a server; teacher_prefix/computed of teacher_prefix/scored ids
     curriculum/k curriculum/window_start curriculum/window_stop         means over all / ok / ok episodes
     weights/version weights/lag     mean version that sampled, and how many steps it was behind when the episode began
     objective/NAME            token mean of a statistic named in `extra`
     train/NAME                keyword arguments of `finish`: train/loss, train/grad_norm, train/lr
     seconds/NAME              wall-clock of this rank
+
+Where a teacher's server tells the sampled token alone, kl/trajectory and kl/turn are sums of kl/sampled, an estimate of
+the reverse KL, and kl/token is absent.
 
 A key is absent when nothing contributed to it. Not here: console output (`console.py`), smoothing, resets.
 """
@@ -66,6 +73,16 @@ TOKEN_MEANS = {
 }
 """Per-token statistic -> the key of its token mean. The last two are derived here from the log-probabilities."""
 
+KL_SOURCES = ("reverse_kl", "sampled_kl")
+"""What the KL of turns and trajectories is summed from; the second where the first is not known."""
+
+PREFIX_COUNTS = (
+    *(f"{who}/{what}" for who in ("prefix", "teacher_prefix") for what in ("reusable", "reused", "recomputed", "warmed")),
+    "teacher_prefix/scored",
+    "teacher_prefix/computed",
+)
+"""What `local_sums` takes as `counts`."""
+
 _OK_MEANS = {
     "reward": "rollout/reward",
     "turns": "turns/total",
@@ -83,6 +100,7 @@ _COUNTS = {
     "packed": "tokens/packed",
     "prompt": "tokens/prompt",
     "cached": "tokens/cached",
+    **{name: name for name in PREFIX_COUNTS},
     **{f"outcome/{name}": f"rollout/outcome/{name}" for name in OUTCOMES},
     **{f"end/{name}": f"rollout/end/{name}" for name in END_REASONS},
 }
@@ -117,14 +135,18 @@ class StepMetrics:
         episodes: Sequence[Episode],
         microbatches: Sequence[Microbatch],
         per_token: Sequence[Mapping[str, torch.Tensor]],
+        counts: Mapping[str, float] | None = None,
     ) -> torch.Tensor:
         """This rank's share of the step's sums, `[M]` float64 on the CPU.
 
         episodes: those that this rank answers for, each passed by one rank only. microbatches, per_token: what this
         rank trained, `per_token[i]` maps names to `[S]` tensors; names that are not in `token_means` are left alone.
-        Raises ValueError when turns exceed the horizon or statistics do not fit their microbatch.
+        counts: of `PREFIX_COUNTS`. Raises ValueError when turns exceed the horizon or statistics do not fit their
+        microbatch.
         """
         sums = torch.zeros(len(self.slots), dtype=torch.float64)  # [M]
+        for name, count in (counts or {}).items():
+            sums[self.slots[name]] += count
         for episode in episodes:
             for name, value in _episode_counts(episode).items():
                 sums[self.slots[name]] += value
@@ -144,7 +166,7 @@ class StepMetrics:
             raise ValueError(f"expected {len(self.slots)} sums for max_turns={self.max_turns}, got {tuple(sums.shape)}")
         value = dict(zip(self.slots, sums.tolist(), strict=True))
         record: dict[str, float | int] = {"step": step}
-        record |= {key: round(value[name]) for name, key in _COUNTS.items()}
+        record |= {key: round(value[name]) for name, key in _COUNTS.items() if value[name] or name not in PREFIX_COUNTS}
         if value["ok"]:
             record["rollout/success"] = value["success"] / value["ok"]
             record |= {key: value[name] / value["ok"] for name, key in _OK_MEANS.items()}
@@ -164,10 +186,11 @@ class StepMetrics:
             for statistic, key in self.token_means.items()
             if value[f"num/{statistic}"]
         }
-        if not value["num/reverse_kl"]:
+        source = next((name for name in KL_SOURCES if value[f"num/{name}"]), None)
+        if source is None:
             return record
         if value["trained_episodes"]:
-            record["kl/trajectory"] = value["sum/reverse_kl"] / value["trained_episodes"]
+            record["kl/trajectory"] = value[f"sum/{source}"] / value["trained_episodes"]
         for turn in range(self.max_turns):
             kl, num_episodes, num_tokens = (value[f"{kind}/{turn}"] for kind in ("kl", "episodes", "tokens"))
             if num_episodes and num_tokens:
@@ -185,10 +208,10 @@ class StepMetrics:
         for name, column in columns.items():
             sums[self.slots[f"sum/{name}"]] += column.sum()
             sums[self.slots[f"num/{name}"]] += num_trained
-        if "reverse_kl" in columns and num_trained:
+        kl = next((columns[name] for name in KL_SOURCES if name in columns), None)  # [S]
+        if kl is not None and num_trained:
             turn_ids = microbatch.turn_ids.to("cpu", torch.int64)  # [S]
             first, last = int(turn_ids.min()), int(turn_ids.max())
-            kl = columns["reverse_kl"]  # [S]
             sums.index_add_(0, turn_ids + self._turn_slot("kl", last) - last, kl)
             sums.index_add_(0, turn_ids + self._turn_slot("tokens", first) - first, torch.ones_like(kl))
 
@@ -221,6 +244,13 @@ SCORES = ("reverse_kl", "student_logprob", "teacher_logprob", "student_entropy",
 
 TurnScores = dict[str, list[float]]
 """Statistic -> one value per sampled token of a turn."""
+
+
+def turn_kl(scores: TurnScores) -> float:
+    """Reverse KL of a turn in nats, or its estimate from the sampled tokens where a teacher tells no more."""
+    if "reverse_kl" in scores:
+        return sum(scores["reverse_kl"])
+    return sum(scores["student_logprob"]) - sum(scores["teacher_logprob"])
 
 
 def scores_by_turn(

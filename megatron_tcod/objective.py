@@ -9,6 +9,10 @@
 sampled token; `sft` imitates the tokens and asks no teacher. The student's distribution is always the one it was
 sampled from, so `student_temperature` is the rollout's and `Microbatch.old_logprobs` are of the scaled distribution.
 
+A teacher behind a server sends the sampled token's log-probability and those of its k likeliest tokens. The divergences
+are then those of k + 1 buckets, the k tokens and the rest (`ops/topk.py`), a lower bound of the whole vocabulary's, and
+without the k `sampled_token` is all there is.
+
 The rows' weights are known before the loss, so the gradient is made together with it (`ops/divergence.py`); a caller that
 keeps the head's gradient in a tensor of its own, as Megatron does, passes that as `head_grad`.
 
@@ -26,7 +30,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_tcod.ops.divergence import TokenDivergence, linear_divergence, linear_logprob
-from megatron_tcod.trajectory import Microbatch, TeacherTarget
+from megatron_tcod.ops.topk import TopKDivergence, linear_topk_divergence
+from megatron_tcod.trajectory import Microbatch, ServerTarget, TeacherTarget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +55,7 @@ class Objective(Protocol):
         self,
         student_hidden: torch.Tensor,
         student_head: torch.Tensor,
-        target: TeacherTarget | None,
+        target: TeacherTarget | ServerTarget | None,
         microbatch: Microbatch,
         *,
         tp_group: dist.ProcessGroup | None,
@@ -60,7 +65,8 @@ class Objective(Protocol):
 
         With `head_grad` [V/tp, H_s] fp32 the head's gradient is added there, during this call, instead of to its `.grad`.
 
-        Raises ValueError when the teacher's target is missing or rows do not match the microbatch's positions.
+        Raises ValueError when the teacher's target is missing or lacks what the objective needs, and when rows do not
+        match the microbatch's positions.
         """
         ...
 
@@ -91,18 +97,22 @@ class _TeacherSettings(_Settings):
         kind: str,
         student_hidden: torch.Tensor,
         student_head: torch.Tensor,
-        target: TeacherTarget | None,
+        target: TeacherTarget | ServerTarget | None,
         microbatch: Microbatch,
         *,
         tp_group: dist.ProcessGroup | None,
         head_grad: torch.Tensor | None = None,
         beta: float = 0.5,
-    ) -> TokenDivergence:
+    ) -> TokenDivergence | TopKDivergence:
         if target is None:
             raise ValueError(
                 f"objective {type(self).__name__} compares with a teacher, but target is None; score first"
             )
         _check_positions(student_hidden, microbatch)
+        if isinstance(target, ServerTarget):
+            return self._compare_listed(
+                kind, student_hidden, student_head, target, microbatch, tp_group=tp_group, head_grad=head_grad, beta=beta
+            )
         return linear_divergence(
             student_hidden,
             student_head,
@@ -122,6 +132,44 @@ class _TeacherSettings(_Settings):
             backend=self.backend,
         )
 
+    def _compare_listed(
+        self,
+        kind: str,
+        student_hidden: torch.Tensor,
+        student_head: torch.Tensor,
+        target: ServerTarget,
+        microbatch: Microbatch,
+        *,
+        tp_group: dist.ProcessGroup | None,
+        head_grad: torch.Tensor | None,
+        beta: float,
+    ) -> TopKDivergence:
+        if target.topk_ids is None:
+            raise ValueError(
+                f"objective {type(self).__name__} compares distributions, but the teacher's server was asked for the "
+                f"sampled token alone; set teacher_top_k, or use the objective sampled_token"
+            )
+        if self.teacher_temperature != 1.0:
+            raise ValueError(
+                f"teacher_temperature = {self.teacher_temperature}, but a server's numbers are of temperature 1; set it to 1"
+            )
+        return linear_topk_divergence(
+            student_hidden,
+            student_head,
+            target.topk_ids,
+            target.topk_logprobs,
+            kind=kind,
+            beta=beta,
+            vocab_size=self.vocab_size,
+            student_temperature=self.student_temperature,
+            target_ids=microbatch.target_ids,
+            loss_weight=microbatch.loss_weight,
+            head_grad=head_grad,
+            tp_group=tp_group,
+            chunk_size=self.chunk_size,
+            backend=self.backend,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReverseKL(_TeacherSettings):
@@ -131,7 +179,7 @@ class ReverseKL(_TeacherSettings):
         read = self._compare(
             "reverse_kl", student_hidden, student_head, target, microbatch, tp_group=tp_group, head_grad=head_grad
         )
-        return TokenLosses(loss=read.loss, total=read.total, stats=_statistics(read))
+        return TokenLosses(loss=read.loss, total=read.total, stats=_statistics(read, target))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +190,7 @@ class ForwardKL(_TeacherSettings):
         read = self._compare(
             "forward_kl", student_hidden, student_head, target, microbatch, tp_group=tp_group, head_grad=head_grad
         )
-        return TokenLosses(loss=read.loss, total=read.total, stats=_statistics(read))
+        return TokenLosses(loss=read.loss, total=read.total, stats=_statistics(read, target))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,14 +208,14 @@ class JSD(_TeacherSettings):
         read = self._compare(
             "jsd", student_hidden, student_head, target, microbatch, tp_group=tp_group, head_grad=head_grad, beta=self.beta
         )
-        return TokenLosses(loss=read.loss, total=read.total, stats=_statistics(read))
+        return TokenLosses(loss=read.loss, total=read.total, stats=_statistics(read, target))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampledToken(_TeacherSettings):
     """The released code's objective: PPO on the sampled token, with the teacher's log-ratio as its advantage.
 
-        A = kl_coef * (log p_T(y) - log p_old(y))            r = p_S(y) / p_old(y)
+        A = kl_coef * (log p_T(y) - log p_old(y))            r = p_S(y) / p_old(y)       (see is_advantage_current)
         loss = max(-A r, -A clip(r, 1 - eps_clip, 1 + eps_clip_high)), where A < 0 at most -A eps_clip_c
 
     `p_old` is the policy that sampled. In expectation on fresh samples the gradient is that of kl_coef * reverse KL.
@@ -183,6 +231,8 @@ class SampledToken(_TeacherSettings):
     """Dual clip: for a negative advantage the ratio counts as at most this."""
     max_log_ratio: float = 20.0
     """Bounds |log r| before the exponential, so that a stale token gives a large ratio and not an infinite one."""
+    is_advantage_current: bool = False
+    """Take A against the current policy, detached, instead of p_old: for tokens of older weights (arXiv 2606.24143)."""
 
     def __post_init__(self) -> None:
         if not (0 < self.eps_clip <= 1 and self.eps_clip_high > 0):
@@ -196,11 +246,11 @@ class SampledToken(_TeacherSettings):
 
     def __call__(self, student_hidden, student_head, target, microbatch, *, tp_group, head_grad=None) -> TokenLosses:
         with torch.no_grad():
-            read = self._compare("nll", student_hidden, student_head, target, microbatch, tp_group=tp_group)
+            read_stats = self._read(student_hidden, student_head, target, microbatch, tp_group=tp_group)
         with torch.enable_grad():
-            logprob = read.student_logprob.detach().requires_grad_()  # [S]
-            loss, stats = self._clipped(logprob, read.teacher_logprob, microbatch.old_logprobs.to(logprob.dtype))
-        stats = _statistics(read) | stats
+            logprob = read_stats["student_logprob"].detach().requires_grad_()  # [S]
+            loss, stats = self._clipped(logprob, read_stats["teacher_logprob"], microbatch.old_logprobs.to(logprob.dtype))
+        stats = read_stats | stats
         loss_weight = microbatch.loss_weight.to(loss.device, loss.dtype)  # [S]
         total = torch.dot(loss_weight, loss.detach())
         if torch.is_grad_enabled():
@@ -221,11 +271,40 @@ class SampledToken(_TeacherSettings):
             total = nll + (total - nll).detach()
         return TokenLosses(loss=loss.detach(), total=total, stats=stats)
 
+    def _read(
+        self,
+        student_hidden: torch.Tensor,
+        student_head: torch.Tensor,
+        target: TeacherTarget | ServerTarget | None,
+        microbatch: Microbatch,
+        *,
+        tp_group: dist.ProcessGroup | None,
+    ) -> dict[str, torch.Tensor]:
+        """Both log-probabilities of the sampled token, [S], and what the same read of the logits tells besides."""
+        if isinstance(target, ServerTarget) and target.topk_ids is None:
+            _check_positions(student_hidden, microbatch)
+            read = linear_logprob(
+                student_hidden,
+                student_head,
+                microbatch.target_ids,
+                vocab_size=self.vocab_size,
+                temperature=self.student_temperature,
+                tp_group=tp_group,
+                chunk_size=self.chunk_size,
+                backend=self.backend,
+            )
+            own = {"student_logprob": read.logprob, "student_entropy": read.entropy}
+            return own | {"teacher_logprob": target.logprob.to(read.logprob.dtype)}
+        kind = "reverse_kl" if isinstance(target, ServerTarget) else "nll"  # buckets have no likelihood
+        read = self._compare(kind, student_hidden, student_head, target, microbatch, tp_group=tp_group)
+        return _statistics(read, target)
+
     def _clipped(
         self, logprob: torch.Tensor, teacher_logprob: torch.Tensor, old_logprobs: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss [S], differentiable in the student's logprob [S], and its own statistics."""
-        advantage = self.kl_coef * (teacher_logprob - old_logprobs)  # [S]
+        behind = logprob.detach() if self.is_advantage_current else old_logprobs  # [S]
+        advantage = self.kl_coef * (teacher_logprob - behind)  # [S]
         log_ratio = (logprob - old_logprobs).clamp(-self.max_log_ratio, self.max_log_ratio)  # [S]
         ratio = log_ratio.exp()  # [S]
         pushed = -advantage * ratio  # [S]
@@ -295,9 +374,12 @@ def _nearest(name: str, known: Any) -> str:
     return f", did you mean {matches[0]!r}?" if matches else ""
 
 
-def _statistics(read: TokenDivergence) -> dict[str, torch.Tensor]:
-    names = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "student_logprob", "teacher_logprob")
-    return {name: getattr(read, name) for name in (*names, "top1_agreement")}
+def _statistics(read: TokenDivergence | TopKDivergence, target: Any) -> dict[str, torch.Tensor]:
+    names = ("reverse_kl", "forward_kl", "student_entropy", "student_logprob")
+    if isinstance(target, ServerTarget):
+        own = {name: getattr(read, name) for name in (*names, "student_tail", "teacher_tail")}
+        return own | {"teacher_logprob": target.logprob.to(read.loss.dtype)}
+    return {name: getattr(read, name) for name in (*names, "teacher_entropy", "teacher_logprob", "top1_agreement")}
 
 
 def _check_positions(student_hidden: torch.Tensor, microbatch: Microbatch) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_tcod import serving
 from megatron_tcod.assembly import curriculum_of, layout_of, load_demonstrations, needs_file, tokenizer_of, train_tasks
 from megatron_tcod.config import Config
 from megatron_tcod.envs import check_env_options, load_env
@@ -38,7 +39,11 @@ def preflight(config: Config, *, world_size: int | None) -> list[str]:
     check_context("student", config, shape)
     tokenizer = tokenizer_of(config, config.model.student)
     check_vocabulary("student", shape, tokenizer)
-    if config.objective.objective != "sft":
+    lines += serving.check_servers(config, dp_size=dp)
+    if serving.is_teacher_served(config):
+        if config.sglang.teacher_model:
+            check_same_tokenizer(tokenizer, tokenizer_of(config, config.sglang.teacher_model))
+    elif config.objective.objective != "sft":
         family, teacher = read_model("teacher", config.model.teacher)
         lines.append(f"teacher {family.model_type}: {describe(teacher)}")
         check_weights(config.model.teacher, family, teacher)

@@ -15,7 +15,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,8 @@ class RunRecords:
     """What a run leaves behind: metrics, trajectories and the console, written by rank 0 alone."""
 
     def __init__(self, config: Config, *, decode_ids: Callable[[list[int]], str], offsets: dict[str, int]) -> None:
-        self._metrics = StepMetrics(max_turns=config.rollout.max_turns, extra=("loss", "ratio", "clip_fraction"))
+        extra = ("loss", "ratio", "clip_fraction", "student_tail", "teacher_tail")
+        self._metrics = StepMetrics(max_turns=config.rollout.max_turns, extra=extra)
         self._is_sft = config.objective.objective == "sft"
         self._interval = config.training.trajectory_interval
         self._decode_ids = decode_ids
@@ -89,17 +90,24 @@ class RunRecords:
         self._writers = [jsonl, console]
         if config.training.tensorboard_dir:
             self._writers.append(TensorBoardWriter(config.training.tensorboard_dir))
-        for closing in (*self._writers, trajectories):
-            self._stack.callback(closing.close)
+        for one in (*self._writers, trajectories):
+            self._stack.callback(one.close)
 
     def write_step(
-        self, step: int, episodes: list[Episode], microbatches: list[Microbatch], stats: Any, seconds: dict[str, float]
+        self,
+        step: int,
+        episodes: list[Episode],
+        microbatches: list[Microbatch],
+        stats: Any,
+        *,
+        seconds: dict[str, float],
+        counts: dict[str, int],
     ) -> None:
         """Reduce and write one step. Collective: one reduction for the metrics, one gather for the trajectories."""
         speaks = parallel.tp_rank() == 0 and parallel.pp_rank() == 0  # one rank of each replica
         mine = episodes if parallel.rank() == 0 else []
         own = (microbatches, stats.per_token) if speaks else ([], [])
-        sums = reduce_sums(self._metrics.local_sums(mine, *own))
+        sums = reduce_sums(self._metrics.local_sums(mine, *own, counts=counts))
         record = self._metrics.finish(
             sums, step=step + 1, seconds=seconds, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr
         )
@@ -133,7 +141,11 @@ class RunRecords:
 
 def train(config: Config) -> None:
     """The run from its newest checkpoint to `train_iters`. Collective over all ranks."""
-    run = assemble(config)
+    with closing(assemble(config)) as run:
+        train_assembled(config, run)
+
+
+def train_assembled(config: Config, run: Assembly) -> None:
     clock = PhaseClock()
     time_phases(run, clock)
     directory = Path(config.training.save)
@@ -145,6 +157,7 @@ def train(config: Config) -> None:
             f"give --save another directory"
         )
     run.publish_weights(start)
+    run.warm_teacher(start)
     with RunRecords(config, decode_ids=run.tokenizer.decode, offsets=state.get("journals", {})) as records:
         if parallel.rank() == 0:
             report_start(config, directory, start, state)
@@ -156,7 +169,10 @@ def train(config: Config) -> None:
                     f"step {step + 1}: loss {stats.loss}, gradient norm {stats.grad_norm}; no weight was changed. "
                     f"Restart to continue from the last checkpoint, with a lower lr if it comes back"
                 )
-            records.write_step(step, episodes, microbatches, stats, clock.take())
+            run.warm_teacher(step + 1)
+            records.write_step(
+                step, episodes, microbatches, stats, seconds=clock.take(), counts=run.take_prefix_counts()
+            )
             finish_step(run, records, step + 1)
             clock.take()
         is_evaluated = not config.evaluation.eval_at_end or evaluation_path(directory, start).exists()
@@ -191,6 +207,7 @@ def finish_step(run: Assembly, records: RunRecords, done: int) -> None:
         result = evaluate(run, step=done)
         if parallel.rank() == 0:
             write_evaluation(evaluation_path(Path(training.save), done), result)
+        run.take_prefix_counts()  # the evaluation's are no step's
     if is_last or done % training.save_interval == 0:
         state = {"journals": records.offsets(), "config": to_dict(run.config)}
         run.student.save(Path(training.save) / "checkpoints", step=done, state=state, keep=training.keep_checkpoints)

@@ -67,9 +67,7 @@ class LaunchSpec:
     start_timeout_s: float = 900.0
 
     def __post_init__(self) -> None:
-        taken = sorted(flag for flag in self.flags if flag.replace("-", "_") in OWN_FLAGS)
-        if taken:
-            raise ValueError(f"[rollout.server] must not set {', '.join(taken)}: the trainer chooses them")
+        check_flags("server flags", self.flags)
 
     def command(self, port: int, secrets_file: Path) -> list[str]:
         loopback = str(Path(__file__).with_name("sglang_loopback.py"))
@@ -192,6 +190,13 @@ def launch(
     server = Server("", secrets.token_hex(32), secrets.token_hex(32), spec)
     server.start()
     return server
+
+
+def check_flags(table: str, flags: Mapping[str, Any]) -> None:
+    """ValueError for a flag that is not the user's; `table` is where it stands."""
+    taken = sorted(flag for flag in flags if flag.replace("-", "_") in OWN_FLAGS)
+    if taken:
+        raise ValueError(f"[{table}] must not set {', '.join(taken)}: the trainer chooses them; remove these lines")
 
 
 def attach(url: str, *, api_key: str = "", admin_key: str = "") -> Server:

@@ -1,0 +1,273 @@
+"""Which servers a run talks to: launched here or attached, for the rollouts and for a teacher behind a server.
+
+    players = player_ranks(config)                                # who talks to them; with the embedded engine everybody
+    servers = rollout_servers(config)                             # this rank's, before the models take their memory
+    engine = served_engine(config, servers, vocab_size=..., head_rows=..., probe=...)
+    teacher = served_teacher(config, vocab_size=...); check_teacher_server(...)
+
+The first rank of each replica launches or attaches its servers, plays all episodes of the replica and gives the servers
+their weights; the other ranks hold an `IdleEngine`. A launched teacher is rank 0's and serves all replicas of its host.
+
+SGLang itself is spoken to in `rollout/`, and needs the extra `sglang` here and an environment of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import stat
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_tcod.config import SGLANG, Config
+from megatron_tcod.model import parallel
+from megatron_tcod.objective import make_objective
+from megatron_tcod.packing import WeightedRow, build_microbatch
+from megatron_tcod.rollout.engine import RolloutEngine
+from megatron_tcod.rollout.idle_engine import IdleEngine
+from megatron_tcod.tcod import Student
+from megatron_tcod.trajectory import TokenRow, decode, encode
+
+if TYPE_CHECKING:
+    from megatron_tcod.rollout.sglang_engine import Probe
+    from megatron_tcod.rollout.sglang_server import Server
+    from megatron_tcod.rollout.teacher_server import ServerTeacher
+    from megatron_tcod.rollout.weight_sync import WeightSync
+
+PROBE_TOKENS = 64
+
+
+def is_teacher_served(config: Config) -> bool:
+    return config.model.teacher == SGLANG and config.objective.objective != "sft"
+
+
+def uses_servers(config: Config) -> bool:
+    return config.rollout.rollout_engine == SGLANG or is_teacher_served(config)
+
+
+def is_player(config: Config) -> bool:
+    """Whether this rank plays episodes."""
+    return config.rollout.rollout_engine != SGLANG or parallel.replica_ranks()[0] == parallel.rank()
+
+
+def player_ranks(config: Config) -> list[int]:
+    """Ranks that play, ascending. Collective."""
+    answers = parallel.all_gather_bytes(b"yes" if is_player(config) else b"no")
+    return [rank for rank, answer in enumerate(answers) if answer == b"yes"]
+
+
+def rollout_servers(config: Config) -> list[Server]:
+    """The servers of this rank's replica, healthy; none on ranks that do not play."""
+    if config.rollout.rollout_engine != SGLANG or not is_player(config):
+        return []
+    from megatron_tcod.rollout.sglang_server import attach
+
+    sglang = config.sglang
+    if sglang.sglang_urls:
+        api_key, admin_key = read_keys(sglang.sglang_key_file)
+        mine = sglang.sglang_urls[parallel.dp_rank() :: parallel.dp_size()]
+        return [attach(url, api_key=api_key, admin_key=admin_key) for url in mine]
+
+    def start(number: int) -> Server:
+        flags = dict(config.rollout.server)
+        if config.model.init == "random":  # there are no weights to read; the trainer's come before the first request
+            flags.setdefault("load_format", "dummy")
+        if torch.cuda.is_available():
+            first = parallel.device().index + number * int(flags.get("tp_size", flags.get("tp-size", 1)))
+            flags.setdefault("base_gpu_id", first)
+        return launch_server(config, config.model.student, flags, f"rollout-{parallel.dp_rank()}-{number}")
+
+    with ThreadPoolExecutor(sglang.servers_per_replica) as threads:
+        return list(threads.map(start, range(sglang.servers_per_replica)))
+
+
+def launch_server(config: Config, model_path: str, flags: Mapping[str, Any], name: str) -> Server:
+    """A server of this machine whose log is in the run directory."""
+    from megatron_tcod.rollout.sglang_server import launch
+
+    return launch(
+        model_path,
+        run_directory=servers_directory(config),
+        flags=flags,
+        environment={"HF_HUB_OFFLINE": "1"},
+        name=f"{name}.{os.getpid()}",  # evaluations may share the directory
+        python=config.sglang.sglang_python or sys.executable,
+        program=config.sglang.sglang_program,
+        start_timeout_s=config.sglang.server_start_timeout,
+    )
+
+
+def servers_directory(config: Config) -> Path:
+    return Path(config.training.save) / "servers"
+
+
+def served_engine(
+    config: Config,
+    servers: list[Server],
+    *,
+    vocab_size: int,
+    head_rows: int,
+    probe: Callable[[], Probe] | None,
+) -> RolloutEngine:
+    """The engine over this replica's servers, idle on ranks that do not play."""
+    if not is_player(config):
+        return IdleEngine(probe=probe)
+    from megatron_tcod.rollout.sglang_engine import SGLangEngine
+
+    return SGLangEngine(
+        servers,
+        weight_sync(config),
+        vocab_size=vocab_size,
+        head_rows=head_rows,
+        max_context=config.rollout.rollout_max_context_len,
+        max_concurrent=config.rollout.max_running_requests,
+        deadline_s=config.sglang.request_timeout,
+        update_deadline_s=config.sglang.request_timeout,
+        max_staleness=config.rollout.max_staleness,
+        probe=probe,
+    )
+
+
+def weight_sync(config: Config) -> WeightSync:
+    from megatron_tcod.rollout.weight_sync import FromDisk, FromDistributed, FromTensor
+
+    chosen = config.sglang.weight_sync
+    if chosen == "auto":
+        chosen = "disk" if config.sglang.sglang_urls else "tensor"
+    if chosen == "disk":
+        return FromDisk(servers_directory(config) / f"weights-{parallel.dp_rank()}", config.model.student)
+    if chosen == "tensor":
+        return FromTensor()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    return FromDistributed(address=config.sglang.weight_sync_address, backend=backend)
+
+
+def make_probe(
+    student: Student, *, vocab_size: int, head_rows: int, max_context: int, tolerance: float
+) -> Callable[[], Probe] | None:
+    """What the trainer's own forward says about a fixed sequence of random ids. The call is collective in the replica."""
+    if not tolerance:
+        return None
+    from megatron_tcod.rollout.sglang_engine import Probe
+
+    ids = random.Random(0).choices(range(vocab_size), k=min(PROBE_TOKENS, max_context - 1))
+    scored = len(ids) - 1
+    row = TokenRow(token_ids=ids, turn_ids=[0] * len(ids), loss_mask=[0] + [1] * scored, logprobs=[0.0] * scored)
+    objective = make_objective("sft", vocab_size=head_rows)  # as the servers, over all rows of the head
+
+    def probe() -> Probe:
+        microbatch = build_microbatch([WeightedRow(row, [0.0] * scored, 0)], device=parallel.device())
+        (figures,) = student.measure([microbatch], [None], objective)
+        return Probe(token_ids=ids, logprobs=figures["student_logprob"].tolist(), tolerance=tolerance)
+
+    return probe
+
+
+def teacher_address(config: Config) -> tuple[str, str, Server | None]:
+    """URL and key of the teacher's server, and the server where this rank has launched it. Collective."""
+    sglang = config.sglang
+    if sglang.teacher_url:
+        return sglang.teacher_url, read_keys(sglang.teacher_key_file)[0], None
+    server = None
+    if parallel.rank() == 0:
+        server = launch_server(config, sglang.teacher_model, sglang.teacher_server, "teacher")
+    told = encode([server.url, server.api_key] if server else [])
+    url, key = decode(parallel.all_gather_bytes(told)[0], list[str])
+    return url, key, server
+
+
+def served_teacher(config: Config, url: str, key: str, *, vocab_size: int) -> ServerTeacher:
+    """The teacher behind the server at `url`. Collective in the tensor-parallel group."""
+    from megatron_tcod.rollout.sglang_client import SGLangClient
+    from megatron_tcod.rollout.teacher_server import ServerTeacher
+
+    sglang = config.sglang
+    return ServerTeacher(
+        lambda: SGLangClient(url, api_key=key, deadline_s=sglang.request_timeout),
+        vocab_size=vocab_size,
+        top_k=sglang.teacher_top_k,
+        max_inflight_tokens=max(1, sglang.teacher_max_inflight_tokens // parallel.dp_size()),
+        tp_group=parallel.tp_group(),
+        is_last_stage=parallel.is_last_stage(),
+    )
+
+
+def read_keys(path: str) -> tuple[str, str]:
+    """The API key and the admin key of a key file; both empty without one. ValueError where others could read it."""
+    if not path:
+        return "", ""
+    try:
+        mode, lines = os.stat(path).st_mode, Path(path).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"key file {path}: {error}; give a text file with the key in its first line") from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ValueError(f"key file {path} can be read by others; chmod 600 {path}")
+    if not 1 <= len(lines) <= 2:
+        raise ValueError(f"key file {path} has {len(lines)} words; expected the API key and, below it, the admin key if any")
+    return lines[0], lines[-1]
+
+
+def check_servers(config: Config, *, dp_size: int | None) -> list[str]:
+    """What can be known of a run's servers before anything starts, a line each. Raises ValueError."""
+    if not uses_servers(config):
+        return []
+    if importlib.util.find_spec("aiohttp") is None:
+        raise ValueError("servers are spoken to with aiohttp, which is not installed; pip install '.[sglang]'")
+    from megatron_tcod.rollout.sglang_server import check_flags
+
+    sglang, lines = config.sglang, []
+    is_launching = False
+    if config.rollout.rollout_engine == SGLANG:
+        is_launching = not sglang.sglang_urls
+        check_flags("rollout.server", config.rollout.server)
+        check_urls("sglang_urls", sglang.sglang_urls)
+        if dp_size is not None and 0 < len(sglang.sglang_urls) < dp_size:
+            raise ValueError(
+                f"sglang_urls names {len(sglang.sglang_urls)} servers for {dp_size} data-parallel replicas; give each "
+                f"replica at least one, because each updates its own"
+            )
+        read_keys(sglang.sglang_key_file)
+        where = f"{sglang.servers_per_replica} launched per replica" if is_launching else ", ".join(sglang.sglang_urls)
+        lines.append(f"rollouts: SGLang, {where}, staleness at most {config.rollout.max_staleness}")
+    if is_teacher_served(config):
+        is_launching = is_launching or not sglang.teacher_url
+        check_flags("sglang.teacher_server", sglang.teacher_server)
+        check_urls("teacher_url", [sglang.teacher_url] if sglang.teacher_url else [])
+        read_keys(sglang.teacher_key_file)
+        if sglang.teacher_model and not (Path(sglang.teacher_model) / "config.json").is_file():
+            raise ValueError(f"teacher_model = {sglang.teacher_model}: no config.json there; give a Hugging Face directory")
+        world, local = os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")
+        if sglang.teacher_model and world != local:
+            raise ValueError(
+                f"teacher_model launches a server that only its own host reaches, and this run has {world} ranks of which "
+                f"{local} are here; start the teacher by hand and give its teacher_url"
+            )
+        lines.append(f"teacher: SGLang, {sglang.teacher_url or sglang.teacher_model}, top {sglang.teacher_top_k}")
+    if is_launching:
+        check_program(sglang.sglang_python, sglang.sglang_program)
+    return lines
+
+
+def check_urls(field: str, urls: list[str]) -> None:
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"{field}: {url!r} is no server address; expected http://HOST:PORT")
+
+
+def check_program(python: str, program: str) -> None:
+    if python and not os.access(python, os.X_OK):
+        raise ValueError(f"sglang_python = {python}: no such interpreter; on a CPU make one with tools/sglang_cpu_env.sh")
+    if program.endswith(".py"):
+        if not Path(program).is_file():
+            raise ValueError(f"sglang_program = {program}: no such file; give a module name or a launcher script")
+    elif not python and importlib.util.find_spec(program.partition(".")[0]) is None:
+        raise ValueError(
+            f"sglang_program = {program}: not installed beside the trainer; set sglang_python to the interpreter of the "
+            f"environment that has it, or attach to servers with sglang_urls"
+        )
