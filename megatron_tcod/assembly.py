@@ -50,20 +50,51 @@ Play = Callable[..., Coroutine[Any, Any, list[Episode]]]
 
 
 @dataclass(kw_only=True)
-class Assembly:
-    """The collaborators of one run. `teacher` is None and `engine` plays only evaluations for the sft objective. Close it
-    to stop the servers that it launched."""
+class Player:
+    """What plays episodes: an engine and whose conversations it continues. Close it to stop the servers it launched."""
 
     config: Config
     tokenizer: TurnTokenizer
     family: type[EnvironmentFamily]
+    engine: RolloutEngine
+    players: list[int]
+    """Ranks that play episodes."""
+    closing: ExitStack = field(default_factory=ExitStack)
+    """What to end, last things first."""
+
+    def close(self) -> None:
+        """End what plays ahead, connections and launched servers. Not collective."""
+        self.closing.close()
+
+    def play_in_full(
+        self, tasks: Sequence[Task], *, temperature: float, seed: int, num_samples: int = 1
+    ) -> list[Episode]:
+        """Plays whole episodes, whatever the curriculum, with other sampling than in training. Seeds do not
+        depend on the step, so that two plays are paired. Collective."""
+        settings = play_settings(self.config.rollout, temperature=temperature, seed=seed)
+        play = make_play(
+            family=self.family,
+            engine=self.engine,
+            tokenizer=self.tokenizer,
+            demonstrations={},
+            settings=settings,
+            num_samples=num_samples,
+            env_options=self.config.environment.env_options,
+            players=self.players,
+        )
+        horizon = TurnWindow(0, settings.max_turns)
+        own = asyncio.run(play(tasks, [horizon] * len(tasks), step=0, curriculum_k=settings.max_turns))
+        return gather_episodes(own, num_tasks=len(tasks), num_samples=num_samples, players=self.players)
+
+
+@dataclass(kw_only=True)
+class Assembly(Player):
+    """The collaborators of one run. `teacher` is None and `engine` plays only evaluations for the sft objective."""
+
     demonstrations: dict[str, Demonstration]
     curriculum: Curriculum
     student: PretrainedStudent
     teacher: Teacher | ServerTeacher | None
-    engine: RolloutEngine
-    players: list[int]
-    """Ranks that play episodes."""
     objective: Callable[..., Any]
     """Of training."""
     collect: Callable[..., list[Episode]]
@@ -71,12 +102,6 @@ class Assembly:
     train_tasks: Sequence[Task]
     vocab_size: int
     """Ids that mean something to model and tokenizer: those that are sampled and compared."""
-    closing: ExitStack = field(default_factory=ExitStack)
-    """What to end, last things first."""
-
-    def close(self) -> None:
-        """End what plays ahead, connections and launched servers. Not collective."""
-        self.closing.close()
 
     def tasks_of(self, step: int) -> list[Task]:
         """The step's tasks: each epoch visits every training task once, in an order drawn from the seed."""
@@ -102,26 +127,6 @@ class Assembly:
     def objective_named(self, settings: ObjectiveConfig) -> Callable[..., Any]:
         """An objective over the same vocabulary and at the same temperatures."""
         return objective_of(settings, self.config.rollout, vocab_size=self.vocab_size)
-
-    def play_in_full(
-        self, tasks: Sequence[Task], *, temperature: float, seed: int, num_samples: int = 1
-    ) -> list[Episode]:
-        """The student plays whole episodes, whatever the curriculum, with other sampling than in training. Seeds do not
-        depend on the step, so that two plays are paired. Collective."""
-        settings = play_settings(self.config.rollout, temperature=temperature, seed=seed)
-        play = make_play(
-            family=self.family,
-            engine=self.engine,
-            tokenizer=self.tokenizer,
-            demonstrations={},
-            settings=settings,
-            num_samples=num_samples,
-            env_options=self.config.environment.env_options,
-            players=self.players,
-        )
-        horizon = TurnWindow(0, settings.max_turns)
-        own = asyncio.run(play(tasks, [horizon] * len(tasks), step=0, curriculum_k=settings.max_turns))
-        return gather_episodes(own, num_tasks=len(tasks), num_samples=num_samples, players=self.players)
 
     def publish_weights(self, version: int) -> None:
         """Hand the student's weights to the engine unless it has them. Collective."""
@@ -435,6 +440,26 @@ def build_run(config: Config, layout: ParallelLayout, servers: list[Any], closin
         vocab_size=vocab_size,
         closing=closing,
     )
+
+
+def assemble_served_teacher(config: Config) -> Player:
+    """A teacher behind a server in the student's seat: it plays and nothing is trained. Collective."""
+    join_world(config)
+    tokenizer = tokenizer_of(config, config.model.student)
+    with ExitStack() as closing:
+        url, key, server = serving.teacher_address(config)
+        if server is not None:
+            closing.enter_context(server)
+        engine = serving.teacher_as_engine(config, url, key, tokenizer)
+        closing.callback(engine.close)
+        return Player(
+            config=config,
+            tokenizer=tokenizer,
+            family=load_env(config.environment.env),
+            engine=engine,
+            players=list(range(parallel.world_size())),
+            closing=closing.pop_all(),
+        )
 
 
 def engine_of(config: Config, student: PretrainedStudent, servers: list[Any], vocab_size: int) -> RolloutEngine:

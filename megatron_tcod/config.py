@@ -1,9 +1,10 @@
 """Configuration: frozen dataclasses, one per part, filled from a TOML file and Megatron-named flags.
 
-Precedence, weakest first: the defaults below, the `--fidelity` preset, the TOML file, the command line. In the file each
-part is a table (`[parallel]`, `[curriculum]`, ...); on the command line every field is a flat flag
-(`--tensor-model-parallel-size 2`). `load_config(argv)` returns the resolved `Config` or raises `ConfigError` with one
-message that names the field, what was expected and the fix. It imports neither torch nor megatron.
+Precedence, weakest first: the defaults below, the `--fidelity` preset, the TOML files in the order in which they are given
+(one for the experiment, one for the machine), the command line. In a file each part is a table (`[parallel]`,
+`[curriculum]`, ...); on the command line every field is a flat flag (`--tensor-model-parallel-size 2`).
+`load_config(argv)` returns the resolved `Config` or raises `ConfigError` with one message that names the field, what was
+expected and the fix. It imports neither torch nor megatron.
 """
 
 from __future__ import annotations
@@ -422,18 +423,28 @@ def merge(*layers: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def take_flag(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """The value of `--flag VALUE` or `--flag=VALUE` and the other arguments."""
-    if sum(argument == flag or argument.startswith(flag + "=") for argument in argv) > 1:
-        raise ConfigError(f"{flag} is given twice; give it once")
-    for index, argument in enumerate(argv):
+def take_all(argv: list[str], flag: str) -> tuple[list[str], list[str]]:
+    """Every value of `--flag VALUE` or `--flag=VALUE`, in order, and the other arguments."""
+    values, rest, left = [], [], list(argv)
+    while left:
+        argument = left.pop(0)
+        if argument == flag and not left:
+            raise ConfigError(f"{flag} needs a value")
         if argument == flag:
-            if index + 1 == len(argv):
-                raise ConfigError(f"{flag} needs a value")
-            return argv[index + 1], argv[:index] + argv[index + 2 :]
-        if argument.startswith(flag + "="):
-            return argument.partition("=")[2], argv[:index] + argv[index + 1 :]
-    return None, argv
+            values.append(left.pop(0))
+        elif argument.startswith(flag + "="):
+            values.append(argument.partition("=")[2])
+        else:
+            rest.append(argument)
+    return values, rest
+
+
+def take_flag(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """The one value of a flag, None where it is not given, and the other arguments."""
+    values, rest = take_all(argv, flag)
+    if len(values) > 1:
+        raise ConfigError(f"{flag} is given twice; give it once")
+    return (values[0] if values else None), rest
 
 
 def take_switch(argv: Sequence[str], switch: str) -> tuple[bool, list[str]]:
@@ -442,15 +453,15 @@ def take_switch(argv: Sequence[str], switch: str) -> tuple[bool, list[str]]:
 
 
 def load_config(argv: Sequence[str], *, prog: str = "megatron_tcod") -> Config:
-    """Resolve defaults, fidelity preset, `--config FILE` and flags. Prints help and leaves by SystemExit(0) on --help."""
-    path, rest = take_flag(list(argv), "--config")
-    tables = read_file(path) if path else {}
+    """Resolve defaults, fidelity preset, each `--config FILE` and flags. --help prints and leaves by SystemExit(0)."""
+    paths, rest = take_all(list(argv), "--config")
+    tables = merge(*(read_file(path) for path in paths))
     fidelity, rest = take_flag(rest, "--fidelity")
     fidelity = fidelity or tables.get("fidelity", "none")
     if fidelity not in ("none", *FIDELITY):
         raise ConfigError(f"fidelity = {fidelity!r}; {nearest(str(fidelity), ['none', *FIDELITY])}")
     layers = merge(FIDELITY.get(fidelity, {}), tables, {"fidelity": fidelity})
-    return parse_flags(layers, path or "defaults", rest, prog)
+    return parse_flags(layers, " and ".join(paths) or "defaults", rest, prog)
 
 
 def parse_flags(tables: dict[str, Any], source: str, argv: list[str], prog: str) -> Config:
@@ -503,6 +514,9 @@ def explain_flag_error(argv: list[str], complaint: str) -> str:
     known = ["--" + field.name.replace("_", "-") for kind in PARTS.values() for field in dataclasses.fields(kind)]
     for argument in argv if "nrecognized" in complaint else ():
         flag = argument.partition("=")[0].replace("_", "-")
+        for part, key in FILE_ONLY:
+            if flag == "--" + key.replace("_", "-"):
+                return f"{flag} is no flag: give [{part}.{key}] in a file of --config, with SGLang's own flags in it"
         if flag.startswith("--") and flag not in known and not flag.startswith(("--opd-", "--no-")):
             return f"unknown flag {flag}; {nearest(flag, known)}"
     lines = [line.strip(" │╭╮╰╯─\n") for line in complaint.splitlines()]

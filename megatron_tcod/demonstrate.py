@@ -11,13 +11,15 @@ import dataclasses
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
-from megatron_tcod.assembly import Assembly, assemble
+from megatron_tcod.assembly import Player, assemble, assemble_served_teacher
 from megatron_tcod.config import Config, ConfigError, load_config, log_to_console, run_entry_point
 from megatron_tcod.envs.demonstrations import write_demonstrations
 from megatron_tcod.model import parallel
 from megatron_tcod.preflight import preflight, read_model
+from megatron_tcod.serving import is_teacher_served
 from megatron_tcod.trajectory import Demonstration, DemonstrationTurn, Episode
 
 
@@ -31,7 +33,23 @@ def teacher_as_player(config: Config) -> Config:
     )
 
 
-def attempt(run: Assembly) -> list[Episode]:
+def seat_teacher(config: Config) -> Player:
+    """The teacher ready to play, in these processes or behind its server. Collective."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if is_teacher_served(config):
+        unread = dataclasses.replace(config.curriculum, curriculum="full", demonstrations="")
+        config = dataclasses.replace(config, curriculum=unread)
+        preflight(config, world_size=world_size)
+        return assemble_served_teacher(config)
+    read_model("teacher", config.model.teacher)
+    player = teacher_as_player(config)
+    preflight(player, world_size=world_size)
+    run = assemble(player)
+    run.publish_weights(0)
+    return run
+
+
+def attempt(run: Player) -> list[Episode]:
     """All attempts at all tasks, in task order. Collective."""
     config, environment = run.config.demonstration, run.config.environment
     count = config.demonstration_tasks or environment.train_tasks
@@ -87,13 +105,9 @@ def main(argv: list[str]) -> int:
         raise ConfigError("demonstrations is empty; give --demonstrations the JSONL file to write")
     if output.exists():
         raise ConfigError(f"demonstrations = {output} exists; remove it or give --demonstrations another name")
-    read_model("teacher", config.model.teacher)
-    player = teacher_as_player(config)
-    preflight(player, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     output.parent.mkdir(parents=True, exist_ok=True)
-    run = assemble(player)
-    run.publish_weights(0)
-    episodes = attempt(run)
+    with closing(seat_teacher(config)) as run:
+        episodes = attempt(run)
     kept = shortest_successes(episodes)
     if not kept:
         raise ValueError(
@@ -101,7 +115,9 @@ def main(argv: list[str]) -> int:
             f"teacher with megatron_tcod.evaluate, or raise --demonstration-samples"
         )
     if parallel.rank() == 0:
-        write_demonstrations(output, [to_demonstration(episode, config.model.teacher) for episode in kept])
+        served = config.sglang.teacher_model or config.sglang.teacher_url
+        source = served if is_teacher_served(config) else config.model.teacher
+        write_demonstrations(output, [to_demonstration(episode, source) for episode in kept])
         print("\n".join(report_lines(episodes, kept, config.demonstration.demonstration_samples)))
     parallel.shutdown()
     return 0

@@ -20,6 +20,7 @@ import stat
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from megatron_tcod.config import SGLANG, Config
 from megatron_tcod.model import parallel
 from megatron_tcod.objective import make_objective
 from megatron_tcod.packing import WeightedRow, build_microbatch
+from megatron_tcod.rollout.chat import TurnTokenizer
 from megatron_tcod.rollout.engine import RolloutEngine
 from megatron_tcod.rollout.idle_engine import IdleEngine
 from megatron_tcod.tcod import Student
@@ -195,6 +197,24 @@ def served_teacher(config: Config, url: str, key: str, *, vocab_size: int) -> Se
         max_inflight_tokens=max(1, sglang.teacher_max_inflight_tokens // parallel.dp_size()),
         tp_group=parallel.tp_group(),
         is_last_stage=parallel.is_last_stage(),
+    )
+
+
+def teacher_as_engine(config: Config, url: str, key: str, tokenizer: TurnTokenizer) -> RolloutEngine:
+    """An engine over the teacher's server, whose weights never change. Collective."""
+    from megatron_tcod.rollout.sglang_engine import SGLangEngine
+    from megatron_tcod.rollout.sglang_server import attach
+
+    max_context = config.rollout.rollout_max_context_len
+    with closing(served_teacher(config, url, key, vocab_size=tokenizer.vocab_size)) as teacher:
+        teacher.check(tokenizer, max_context=max_context)
+    return SGLangEngine(
+        [attach(url, api_key=key)],
+        None,
+        vocab_size=tokenizer.vocab_size,
+        max_context=max_context,
+        max_concurrent=config.rollout.max_running_requests,
+        deadline_s=config.sglang.request_timeout,
     )
 
 

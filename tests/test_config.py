@@ -25,6 +25,36 @@ def test_flags_override_the_file_which_overrides_the_preset_which_overrides_the_
     assert config.training.clip_grad == 1.0
 
 
+def test_a_later_file_overrides_an_earlier_one_key_by_key_and_is_named_where_it_is_wrong(tmp_path):
+    first = write(tmp_path, "[training]\nlr = 2e-4\nseed = 1\n[rollout.server]\ntp_size = 2\n")
+    second = tmp_path / "machine.toml"
+    second.write_text("[training]\nseed = 5\n")
+    config = load_config(["--config", first, f"--config={second}", "--lr", "3e-4"])
+    assert (config.training.lr, config.training.seed, config.rollout.server) == (3e-4, 5, {"tp_size": 2})
+    second.write_text("[training]\nsed = 5\n")
+    with pytest.raises(ConfigError, match="machine.toml: unknown key 'sed'"):
+        load_config(["--config", first, "--config", str(second)])
+
+
+def test_sglangs_own_flags_pass_untouched_and_read_back_equal(tmp_path):
+    text = (
+        "[rollout.server]\ntp_size = 2\nmax_total_tokens = 9\nmem_fraction_static = 0.6\nenable_memory_saver = true\n"
+        'lora_paths = ["a", "b"]\njson_model_override_args = { x = { y = [1, 2] } }\n'
+        '[sglang.teacher_server]\ndevice = "cpu"\n'
+    )
+    config = load_config(["--config", write(tmp_path, text), "--max-total-tokens", "77"])
+    assert config.rollout.server == {
+        "tp_size": 2,
+        "max_total_tokens": 9,
+        "mem_fraction_static": 0.6,
+        "enable_memory_saver": True,
+        "lora_paths": ["a", "b"],
+        "json_model_override_args": {"x": {"y": [1, 2]}},
+    }
+    assert config.rollout.max_total_tokens == 77 and config.sglang.teacher_server == {"device": "cpu"}
+    assert load_config(["--config", write(tmp_path, to_toml(config))]) == config
+
+
 @pytest.mark.parametrize("name", FIDELITY)
 def test_fidelity_sets_every_switch_it_lists(name):
     config = load_config(["--fidelity", name])
@@ -112,12 +142,18 @@ def test_a_mistake_in_the_file_gets_one_message(tmp_path, text, message):
         (["--k-max", "5", "--k-start", "6"], "k_max = 5 is below k_start = 6"),
         (["--curriculum", "f2b", "--k-max", "31"], "k_max = 31 exceeds max_turns = 30"),
         (["--objective", "sft"], "demonstrations is empty"),
-        (["--config", "a.toml", "--config=b.toml"], "--config is given twice"),
+        (["--fidelity", "paper", "--fidelity=repo"], "--fidelity is given twice"),
         (["--hf-checkpoint", "x", "--eta", "many"], "invalid literal for int"),
         (["--lr", "inf"], "finite"),
         (["--eps-clip-c", "1.1"], "eps_clip_c = 1.1 must exceed"),
         (["--demonstrations", "expert"], "objective = sft"),
         (["--min-lr", "1"], "min_lr = 1.0 exceeds lr"),
+        (["--max-staleness", "1"], "max_staleness = 1 plays while the trainer trains.*rollout_engine = sglang"),
+        (["--server", "tp_size", "2"], r"--server is no flag: give \[rollout.server\] in a file"),
+        (["--teacher", "sglang"], "needs one of teacher_url .* and teacher_model"),
+        (["--teacher", "sglang", "--teacher-url", "http://a:1", "--teacher-model", "m"], "give exactly one"),
+        (["--teacher", "sglang", "--teacher-url", "http://a:1", "--teacher-top-k", "0"], "set objective = sampled_token"),
+        (["--teacher", "sglang", "--teacher-url", "http://a:1", "--teacher-temperature", "2"], "temperature 1"),
     ],
 )
 def test_a_mistake_on_the_command_line_gets_one_message(argv, message):
