@@ -570,3 +570,8 @@ def run_entry_point(main: Callable[[list[str]], int | None]) -> None:
             print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr)
         logging.getLogger("megatron_tcod").debug("traceback of the error above", exc_info=True)
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error):  # gloo's words
+            raise
+        print(f"error (rank {os.environ.get('RANK', '0')}): another rank ended; its message says why", file=sys.stderr)
+        raise SystemExit(3) from None

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from megatron_tcod.rollout.weight_sync import WeightSync
 
 PROBE_TOKENS = 64
+CONTEXT_MARGIN = 64
+"""SGLang takes prompts some tokens shorter than its context."""
 
 
 def is_teacher_served(config: Config) -> bool:
@@ -77,9 +79,7 @@ def rollout_servers(config: Config) -> list[Server]:
         return [attach(url, api_key=api_key, admin_key=admin_key) for url in mine]
 
     def start(number: int) -> Server:
-        flags = dict(config.rollout.server)
-        if config.model.init == "random":  # there are no weights to read; the trainer's come before the first request
-            flags.setdefault("load_format", "dummy")
+        flags = {"load_format": "dummy"} | config.rollout.server  # the trainer's weights come before the first request
         if torch.cuda.is_available():
             first = parallel.device().index + number * int(flags.get("tp_size", flags.get("tp-size", 1)))
             flags.setdefault("base_gpu_id", first)
@@ -96,8 +96,9 @@ def launch_server(config: Config, model_path: str, flags: Mapping[str, Any], nam
     return launch(
         model_path,
         run_directory=servers_directory(config),
-        flags=flags,
-        environment={"HF_HUB_OFFLINE": "1"},
+        flags={"context_length": config.rollout.rollout_max_context_len + CONTEXT_MARGIN} | dict(flags),
+        # The margin may exceed the model's positions; no request does.
+        environment={"HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"},
         name=f"{name}.{os.getpid()}",  # evaluations may share the directory
         python=config.sglang.sglang_python or sys.executable,
         program=config.sglang.sglang_program,

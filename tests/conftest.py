@@ -49,6 +49,25 @@ def run_flags(household_models, tmp_path) -> list[str]:
 
 
 @pytest.fixture
+def sglang_flags(run_flags, tmp_path) -> list[str]:
+    """Those of a tiny run whose rollouts, and whose teacher where it is `sglang`, are real servers' on this CPU."""
+    from sglang_cpu import CPU_FLAGS, LAUNCHER, PYTHON, require_server_environment
+
+    from megatron_tcod.config import toml_value
+
+    require_server_environment()
+    served = CPU_FLAGS | {"max_total_tokens": 32768, "sleep_on_idle": True}
+    teacher = {key: value for key, value in served.items() if key != "skip_tokenizer_init"}
+    path = tmp_path / "cpu.toml"
+    path.write_text(
+        f'[rollout]\nrollout_engine = "sglang"\nserver = {toml_value(served)}\n[sglang]\nserver_start_timeout = 300\n'
+        f"weight_probe_tolerance = 1e-4\nsglang_python = {toml_value(str(PYTHON))}\n"
+        f"sglang_program = {toml_value(str(LAUNCHER))}\nteacher_server = {toml_value(teacher)}\n"
+    )
+    return ["--config", str(path), *run_flags]
+
+
+@pytest.fixture
 def single_process(monkeypatch):
     """Entry points called in this process form a world of one and leave it again."""
     from megatron_tcod.model import parallel

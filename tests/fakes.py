@@ -17,6 +17,7 @@ import torch
 
 from megatron_tcod.envs.base import EnvironmentFault, Step
 from megatron_tcod.rollout.engine import Completion, Sampling
+from megatron_tcod.rollout.prefix import PrefixReuse
 from megatron_tcod.trajectory import Demonstration, DemonstrationTurn, Task
 
 
@@ -99,7 +100,7 @@ class DiceEngine:
     """Answers with random ids, a stop id in one answer of two, and remembers each prompt and completion."""
 
     def __init__(self, vocab_size: int, *, seed: int = 0, avoid: Iterable[int] = ()) -> None:
-        self.version = 0
+        self.version, self.cache_tokens = 0, None
         self.prompts: list[list[int]] = []
         self.completions: list[Completion] = []
         self.prewarmed: list[list[int]] = []
@@ -135,6 +136,12 @@ class DiceEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         self.version = version
+
+    def take_prefix_reuse(self) -> PrefixReuse:
+        return PrefixReuse()
+
+    def close(self) -> None:
+        pass
 
 
 class SayingEngine(DiceEngine):

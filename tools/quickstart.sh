@@ -1,20 +1,32 @@
 #!/usr/bin/env bash
-# The main job on a CPU, from nothing to a report: `bash tools/quickstart.sh`.
+# The main job on a CPU, from nothing to a report: `bash tools/quickstart.sh [--engine embedded|sglang]`.
 #
 # Makes an environment, a tokenizer and two small Qwen3 configurations; trains a teacher by SFT on the household expert;
 # warm-starts a student; trains it with vanilla OPD, F2B and, on demonstrations that it collects from the teacher, B2F,
 # all under tensor parallelism; evaluates all on held-out tasks; writes one report.html. Interrupted, it goes on where it was.
 #
+# With --engine sglang a real SGLang server plays the three runs and the teacher's demonstrations, into runs/quickstart/sglang.
+#
 #   QUICKSTART_STEPS    optimizer steps of each of the three runs (default: the TOML's)
 #   PYTHON, TCOD_VENV   see tools/environment.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
+engine=embedded
+[[ ${1:-} != --engine ]] || { engine=${2:-}; shift $(($# > 1 ? 2 : 1)); }
+[[ $# -eq 0 && $engine =~ ^(embedded|sglang)$ ]] || {
+  echo "error: expected nothing, --engine embedded or --engine sglang; got --engine '$engine' $*" >&2
+  exit 2
+}
 TCOD_EXTRAS=${TCOD_EXTRAS:-dev}
 source tools/environment.sh
 enter_environment
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
 
-run=runs/quickstart
+run=runs/quickstart out=runs/quickstart settings=()
+if [[ $engine == sglang ]]; then
+  bash tools/sglang_cpu_env.sh
+  out=$run/sglang settings=(--config examples/quickstart/sglang_cpu.toml)
+fi
 examples=examples/quickstart
 started=$SECONDS
 
@@ -54,19 +66,20 @@ distil() { # curriculum, further arguments
   local curriculum=$1
   shift
   say "student: on-policy distillation, curriculum $curriculum"
-  launch megatron_tcod.train --config $examples/distill.toml --curriculum "$curriculum" --save "$run/$curriculum" \
+  launch megatron_tcod.train --config $examples/distill.toml "${settings[@]}" --curriculum "$curriculum" --save "$out/$curriculum" \
     ${QUICKSTART_STEPS:+--train-iters "$QUICKSTART_STEPS"} "$@"
 }
 
 distil full
 distil f2b
 
-[[ -f $run/demonstrations.jsonl ]] || {
+[[ -f $out/demonstrations.jsonl ]] || {
   say "demonstrations: the teacher's own successes"
-  launch megatron_tcod.demonstrate --config $examples/distill.toml --demonstrations $run/demonstrations.jsonl
+  launch megatron_tcod.demonstrate --config $examples/distill.toml "${settings[@]}" --save $out/demonstrate \
+    --demonstrations $out/demonstrations.jsonl
 }
 
-distil b2f --demonstrations $run/demonstrations.jsonl
+distil b2f --demonstrations $out/demonstrations.jsonl
 
 evaluate() { # configuration, model: those that were trained by SFT
   [[ -f $run/$2.json ]] || launch megatron_tcod.evaluate --config "$examples/$1.toml" --student "$run/$2" --output "$run/$2.json"
@@ -77,9 +90,9 @@ evaluate teacher teacher-final
 evaluate warmstart start
 
 say "report"
-python -m megatron_tcod.report $run/full $run/f2b $run/b2f --output $run/report.html \
+python -m megatron_tcod.report $out/full $out/f2b $out/b2f --output $out/report.html \
   --title "TCOD quickstart: one student, three curricula"
 python -m megatron_tcod.evaluate --compare $run/teacher-final.json $run/start.json \
-  "$(ls $run/full/evaluation/*.json | tail -1)" "$(ls $run/f2b/evaluation/*.json | tail -1)" \
-  "$(ls $run/b2f/evaluation/*.json | tail -1)"
-say "done: open $run/report.html"
+  "$(ls $out/full/evaluation/*.json | tail -1)" "$(ls $out/f2b/evaluation/*.json | tail -1)" \
+  "$(ls $out/b2f/evaluation/*.json | tail -1)"
+say "done: open $out/report.html"

@@ -19,9 +19,9 @@ autograd and torch.library (`ops/library.py`), argument checks (`ops/divergence.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,9 @@ CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 5 << 28}
 CHUNK_ROWS = {"cpu": (256, 1 << 30), "cuda": (256, 4096)}
 """Fewest and most rows of a chunk. Fewer would spend more time on adding up the head gradient, which every chunk touches
 whole, than on products; more would leave nothing to do while sums travel."""
+
+
+Begun = TypeVar("Begun")
 
 
 class Plan(NamedTuple):
@@ -198,17 +201,7 @@ def weighted_rows(
         grad_logits = loop.grad_logits(rows, chunk.student, chunk.teacher, rows_table, row_scale[rows])
         loop.multiply(rows, grad_logits, grad_hidden, grad_head)
 
-    ready: _Chunk | None = None
-    travelling: _Chunk | None = None
-    for rows in loop.chunks(num_rows):
-        ready, travelling = travelling, loop.begin(rows)
-        if group_size(loop.group) == 1:
-            ready, travelling = travelling, None
-        if ready is not None:
-            finish(ready)
-        ready = None  # its logits are freed before the next chunk's are made
-    if travelling is not None:
-        finish(travelling)
+    loop.each(num_rows, loop.begin, finish)
     sum_over_shards(grad_hidden, loop.group)
     return loss, statistics, grad_hidden
 
@@ -248,7 +241,7 @@ class ChunkLoop:
             backend=backends.choose(plan.backend, device=student_hidden.device.type, dtype=dtype),
             group=group,
             shard=shard,
-            column=_column(target_ids, shard),
+            column=column_of(target_ids, shard),
         )
 
     @classmethod
@@ -264,7 +257,7 @@ class ChunkLoop:
             backend=backends.choose(plan.backend, device=student_logits.device.type, dtype=student_logits.dtype),
             group=group,
             shard=shard,
-            column=_column(target_ids, shard),
+            column=column_of(target_ids, shard),
         )
 
     @property
@@ -286,6 +279,21 @@ class ChunkLoop:
         length = math.ceil(num_rows / max(math.ceil(num_rows / size), 1))
         for start in range(0, num_rows, max(length, 1)):
             yield slice(start, min(start + length, num_rows))
+
+    def each(self, num_rows: int, begin: Callable[[slice], Begun], finish: Callable[[Begun], None]) -> None:
+        """`finish(begin(rows))` for each chunk; with several shards a chunk is finished after the next one has begun, so
+        that its sums travel meanwhile."""
+        ready: Begun | None = None
+        travelling: Begun | None = None
+        for rows in self.chunks(num_rows):
+            ready, travelling = travelling, begin(rows)
+            if group_size(self.group) == 1:
+                ready, travelling = travelling, None
+            if ready is not None:
+                finish(ready)
+            ready = None  # its logits are freed before the next chunk's are made
+        if travelling is not None:
+            finish(travelling)
 
     def project(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits [C, columns] of both models."""
@@ -462,7 +470,7 @@ class Gather:
         return self._gathered.view(self._shape)
 
 
-def _column(target_ids: torch.Tensor | None, shard: VocabShard) -> torch.Tensor | None:
+def column_of(target_ids: torch.Tensor | None, shard: VocabShard) -> torch.Tensor | None:
     """Where in this shard a token is; -1 for a token that is elsewhere or nowhere. [S] -> [S]."""
     if target_ids is None:
         return None

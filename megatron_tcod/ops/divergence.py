@@ -297,11 +297,7 @@ def _run(
             raise ValueError("head_grad and grad_scale belong to loss_weight [S], which was not given")
         loss, statistics, _ = torch.ops.megatron_tcod.linear_divergence_rows(*models, *plan)
         return None, loss, statistics
-    if loss_weight.shape != hidden.shape[:1] or not loss_weight.is_floating_point():
-        raise ValueError(
-            f"loss_weight must be [S] = [{hidden.shape[0]}] of a float type, "
-            f"got {list(loss_weight.shape)} {loss_weight.dtype}"
-        )
+    check_weights(hidden, head, loss_weight, head_grad)
     if not (torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)):
         loss, statistics, _ = torch.ops.megatron_tcod.linear_divergence_rows(*models, *plan)
         return library.weighted_total(loss_weight, loss), loss, statistics
@@ -312,13 +308,24 @@ def _run(
             *models, loss_weight, head.requires_grad, *plan
         )
         return total, loss, statistics
-    if head_grad.shape != head.shape or head_grad.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"head_grad must be fp32 {list(head.shape)} like the head shard, got {head_grad.dtype} {list(head_grad.shape)}"
-        )
     if grad_scale is not None and not (isinstance(grad_scale, torch.Tensor) and grad_scale.numel() == 1):
         raise ValueError(f"grad_scale must be a tensor of one number on the device, got {grad_scale!r}")
     return library.accumulated_total(*models, loss_weight, grad_scale, head_grad, *plan)
+
+
+def check_weights(
+    hidden: torch.Tensor, head: torch.Tensor, loss_weight: torch.Tensor, head_grad: torch.Tensor | None
+) -> None:
+    """ValueError unless loss_weight is [S] and head_grad, if there is one, fits the head shard."""
+    if loss_weight.shape != hidden.shape[:1] or not loss_weight.is_floating_point():
+        raise ValueError(
+            f"loss_weight must be [S] = [{hidden.shape[0]}] of a float type, "
+            f"got {list(loss_weight.shape)} {loss_weight.dtype}"
+        )
+    if head_grad is not None and (head_grad.shape != head.shape or head_grad.dtype not in (torch.float32, torch.float64)):
+        raise ValueError(
+            f"head_grad must be fp32 {list(head.shape)} like the head shard, got {head_grad.dtype} {list(head_grad.shape)}"
+        )
 
 
 def _plan(

@@ -25,8 +25,9 @@ softmax over the columns that are not listed.
 
 The loop. A chunk of logits gives its listed columns away and holds -inf there from then on; one read by the backend of
 `ops/backends.py` then sums up the others. One all-gather brings 4 + k numbers a row together; what follows is float64 on
-[k + 1, S]. The backward pass makes the logits again, as in `ops/divergence.py`, which has the conventions on
-temperature, padding and idle rows. `ops/reference.py` is the specification.
+[k + 1, S]. With `loss_weight` the chunk becomes its gradient then and there, otherwise the backward pass makes the logits
+again. `ops/divergence.py` has the conventions on temperature, padding and idle rows, `ops/reference.py` is the
+specification.
 
 Not here: asking the teacher, temperature of the teacher (k log-probabilities cannot be tempered), `torch.compile`.
 """
@@ -35,13 +36,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megatron_tcod.ops.chunk_loop import ChunkLoop, Gather, Plan, sum_over_shards
+from megatron_tcod.ops.chunk_loop import ChunkLoop, Gather, Plan, column_of, sum_over_shards
+from megatron_tcod.ops.divergence import check_weights
+from megatron_tcod.ops.library import weighted_total
 from megatron_tcod.ops.shard_sums import Softmax, unless_zero
 from megatron_tcod.ops.vocab_shard import VocabShard, group_rank, group_size
 
@@ -61,7 +64,8 @@ class TopKDivergence:
     Example: `linear_topk_divergence(...).loss` has shape [S] and reaches `student_hidden` and `student_head`.
     """
 
-    loss: torch.Tensor  # [S] differentiable
+    loss: torch.Tensor  # [S] differentiable without loss_weight
+    total: torch.Tensor | None  # [] sum(loss_weight * loss), differentiable; None without loss_weight
     reverse_kl: torch.Tensor  # [S] KL(student || teacher) of the buckets
     forward_kl: torch.Tensor  # [S] KL(teacher || student) of the buckets
     student_entropy: torch.Tensor  # [S] over the whole vocabulary
@@ -82,6 +86,8 @@ def linear_topk_divergence(
     student_temperature: float = 1.0,
     tail_floor: float = 1e-6,
     target_ids: torch.Tensor | None = None,
+    loss_weight: torch.Tensor | None = None,
+    head_grad: torch.Tensor | None = None,
     tp_group: dist.ProcessGroup | None = None,
     chunk_size: int | None = None,
     backend: str = "auto",
@@ -97,7 +103,12 @@ def linear_topk_divergence(
     remains; with 0 a row whose k probabilities sum up to 1 has an infinite reverse KL. It does not apply to rows that
     list the whole vocabulary, which have no rest. `beta` belongs to `jsd`.
 
-    Collectives: forward one all-gather, backward one all-reduce; S may be 0 if it is so on all ranks. Raises ValueError
+    With `loss_weight` [S], on any device, the gradient is made together with the loss: call backward on `total`. Rows of
+    weight zero then contribute exactly zero and have results of zero. `head_grad` [V/tp, H] fp32 or wider (Megatron's
+    `main_grad`) takes the head's gradient, added up during the forward pass, so that backward may run once.
+
+    Collectives: forward one all-gather, backward one all-reduce; with `loss_weight` one all-gather a chunk and the
+    all-reduce forward. S may be 0 if it is so on all ranks. Raises ValueError
     for settings and shapes that do not fit and, for tensors on the CPU, for rows that `sound_rows` refuses. On a
     device, where looking would make the host wait, such a row's values and gradient are NaN.
     """
@@ -115,12 +126,12 @@ def linear_topk_divergence(
     plan = _plan(vocab_size, student_temperature, chunk_size, backend, tp_group, beta)
     log_q = _teacher_buckets(support_ids, teacher_logprobs, vocab_size, tail_floor)  # [k + 1, S]
     log_q = log_q.masked_fill(~is_sound, torch.nan)
-    loss, statistics = _LinearTopKDivergence.apply(
-        plan, kind, student_hidden, student_head, support_ids, log_q, target_ids
-    )  # [S], [6, S]
+    models = (plan, kind, student_hidden, student_head, support_ids, log_q, target_ids)
+    total, loss, statistics = _run(models, loss_weight, head_grad)  # [] or None, [S], [6, S]
     reverse, forward, entropy, student_tail, teacher_tail, logprob = statistics
     return TopKDivergence(
         loss=loss,
+        total=total,
         reverse_kl=reverse,
         forward_kl=forward,
         student_entropy=entropy,
@@ -176,8 +187,8 @@ def sound_rows(support_ids: torch.Tensor, teacher_logprobs: torch.Tensor, vocab_
     return has_room & ~is_twice & ~is_outside
 
 
-class _LinearTopKDivergence(torch.autograd.Function):
-    """The chunk loops around the buckets. The last bucket is that of all tokens which are not listed."""
+class _TopKRows(torch.autograd.Function):
+    """Loss by row. The chunk loops around the buckets; the last bucket is that of all tokens which are not listed."""
 
     @staticmethod
     def forward(
@@ -195,16 +206,116 @@ class _LinearTopKDivergence(torch.autograd.Function):
         column = _columns_of(support_ids, loop.shard)  # [S, k]
         partial = torch.empty(4 + k, num_rows, dtype=torch.float64, device=device)  # [4 + k, S] this shard
         for rows in loop.chunks(num_rows):
-            partial[:, rows] = _read_chunk(loop, rows, column[rows])
-        parts = Gather(partial, loop.group).wait()  # [tp, 4 + k, S]
+            partial[:, rows] = _read_chunk(loop, rows, loop.project(rows)[0], column[rows])
+        read = _Buckets.read(Gather(partial, loop.group).wait(), log_q, kind, plan.beta)
+        ctx.plan = plan
+        ctx.save_for_backward(student_hidden, student_head, column, read.rows_table, read.slope.to(loop.dtype))
+        statistics = read.statistics.to(loop.dtype)  # [6, S]
+        ctx.mark_non_differentiable(statistics)
+        return read.loss.to(loop.dtype), statistics
 
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor, _grad_statistics: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        student_hidden, student_head, column, rows_table, slope = ctx.saved_tensors
+        is_idle = grad_loss == 0  # [S] rows that must leave no trace, whatever they hold
+        loop = _gradient_loop(ctx.plan, student_hidden.masked_fill(is_idle[:, None], 0), student_head)
+        slope = _scaled(slope, grad_loss, loop)  # [k + 1, S]
+        grad_hidden = student_hidden.new_zeros(student_hidden.shape, dtype=loop.dtype)  # [S, H]
+        grad_head = student_head.new_zeros(student_head.shape, dtype=loop.dtype) if ctx.needs_input_grad[3] else None
+        for rows in loop.chunks(student_hidden.shape[0]):
+            logits, _ = loop.project(rows)
+            _add_at(logits, column[rows], -torch.inf)
+            _add_gradient(loop, rows, logits, column[rows], rows_table[:, rows], slope[:, rows], grad_hidden, grad_head)
+            del logits  # freed before the next chunk's are made
+        sum_over_shards(grad_hidden, loop.group)
+        grads = (
+            grad_hidden.to(student_hidden.dtype),
+            None if grad_head is None else grad_head.to(student_head.dtype),
+        )
+        return (None, None, *grads, None, None, None)
+
+
+class _TopKTotal(torch.autograd.Function):
+    """sum(loss_weight * loss), its gradient made chunk by chunk together with the loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: Plan,
+        kind: str,
+        student_hidden: torch.Tensor,
+        student_head: torch.Tensor,
+        support_ids: torch.Tensor,
+        log_q: torch.Tensor,
+        target_ids: torch.Tensor | None,
+        loss_weight: torch.Tensor,
+        head_grad: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        num_rows, device = student_hidden.shape[0], student_hidden.device
+        weight = loss_weight.to(device, non_blocking=True)  # [S]
+        is_idle = weight == 0  # [S] rows that must leave no trace, whatever they hold
+        loop = _gradient_loop(plan, student_hidden.masked_fill(is_idle[:, None], 0), student_head)
+        target, softmax = column_of(target_ids, loop.shard), loop.column  # [S] each
+        column = _columns_of(support_ids, loop.shard)  # [S, k]
+        loss = torch.empty(num_rows, dtype=loop.dtype, device=device)  # [S]
+        statistics = torch.empty(6, num_rows, dtype=loop.dtype, device=device)  # [6, S]
+        grad_hidden = student_hidden.new_zeros(student_hidden.shape, dtype=loop.dtype)  # [S, H]
+        grad_head = head_grad
+        if grad_head is None and ctx.needs_input_grad[3]:
+            grad_head = student_head.new_zeros(student_head.shape, dtype=loop.dtype)  # [V/tp, H]
+
+        def begin(rows: slice) -> tuple[slice, torch.Tensor, Gather]:
+            logits, _ = loop.project(rows)  # [C, columns]
+            loop.column = target
+            partial = _read_chunk(loop, rows, logits, column[rows])
+            loop.column = softmax
+            return rows, logits, Gather(partial, loop.group)
+
+        def finish(begun: tuple[slice, torch.Tensor, Gather]) -> None:
+            rows, logits, gather = begun
+            read = _Buckets.read(gather.wait(), log_q[:, rows], kind, plan.beta)
+            loss[rows], statistics[:, rows] = read.loss.to(loop.dtype), read.statistics.to(loop.dtype)
+            slope = _scaled(read.slope.to(loop.dtype), weight[rows], loop)  # [k + 1, C]
+            _add_gradient(loop, rows, logits, column[rows], read.rows_table, slope, grad_hidden, grad_head)
+
+        loop.each(num_rows, begin, finish)
+        sum_over_shards(grad_hidden, loop.group)
+        loss, statistics = loss.masked_fill(is_idle, 0), statistics.masked_fill(is_idle, 0)
+        ctx.save_for_backward(grad_hidden, *([grad_head] if head_grad is None and grad_head is not None else []))
+        ctx.dtypes = student_hidden.dtype, student_head.dtype
+        ctx.mark_non_differentiable(loss, statistics)
+        return weighted_total(loss_weight, loss), loss, statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, *grad_head = ctx.saved_tensors
+        if not grad_head:  # the caller has it, or nobody wants it
+            grad_hidden.mul_(grad_total)  # a second backward finds its tensor changed and fails
+            return (None, None, grad_hidden.to(ctx.dtypes[0]), *(None for _ in range(6)))
+        grads = (grad_hidden * grad_total).to(ctx.dtypes[0]), (grad_head[0] * grad_total).to(ctx.dtypes[1])
+        return (None, None, *grads, *(None for _ in range(5)))
+
+
+class _Buckets(NamedTuple):
+    """What the gathered sums of rows say about their buckets, float64."""
+
+    loss: torch.Tensor  # [S]
+    slope: torch.Tensor  # [k + 1, S] derivative of the loss by the student's bucket logits
+    statistics: torch.Tensor  # [6, S]
+    rows_table: torch.Tensor  # [5, S] that makes p_v of the logits that are not listed
+
+    @classmethod
+    def read(cls, parts: torch.Tensor, log_q: torch.Tensor, kind: str, beta: float) -> _Buckets:
+        """parts [tp, 4 + k, S] of `_read_chunk`, log_q [k + 1, S]."""
         rest, listed, target = Softmax.merge(parts[:, :4]), parts[:, 4:].amax(0), parts[:, 3].amax(0)
         logits = torch.cat([listed, (rest.max + rest.log_total)[None]])  # [k + 1, S]
         maximum, largest = logits.max(0)  # [S] each
         others = (logits - maximum).exp().scatter(0, largest[None], 0).sum(0)  # [S]
         log_total = others.log1p()  # [S] so that the log-probability of a bucket near 1 keeps its digits
         log_p = logits - maximum - log_total  # [k + 1, S]
-        loss, slope = _LOSSES[kind](log_p, log_q, plan.beta)  # [S], [k + 1, S]
+        loss, slope = _LOSSES[kind](log_p, log_q, beta)  # [S], [k + 1, S]
         p_rest = log_p[-1].exp()  # [S]
         statistics = [
             _kl(log_p, log_q),
@@ -214,49 +325,60 @@ class _LinearTopKDivergence(torch.autograd.Function):
             log_q[-1].exp(),
             target - maximum - log_total,
         ]
-        rows_table = torch.zeros(5, num_rows, dtype=torch.float64, device=device)  # [5, S]
+        rows_table = torch.zeros(5, parts.shape[-1], dtype=torch.float64, device=parts.device)  # [5, S]
         is_empty = rest.total == 0  # [S] nothing is left to share
         rows_table[0], rows_table[1] = (x.masked_fill(is_empty, 0) for x in (rest.max, rest.log_total))
-        ctx.plan = plan
-        ctx.save_for_backward(student_hidden, student_head, column, rows_table, slope.to(loop.dtype))
-        statistics = torch.stack(statistics).to(loop.dtype)  # [6, S]
-        ctx.mark_non_differentiable(statistics)
-        return loss.to(loop.dtype), statistics
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor, _grad_statistics: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        student_hidden, student_head, column, rows_table, slope = ctx.saved_tensors
-        is_idle = grad_loss == 0  # [S] rows that must leave no trace, whatever they hold
-        loop = ChunkLoop.of(ctx.plan, student_hidden.masked_fill(is_idle[:, None], 0), student_head, None, None, None)
-        loop.column = torch.full_like(grad_loss, -1, dtype=torch.int64)  # [S] nll without targets is the softmax
-        row_scale = grad_loss.to(loop.dtype) / ctx.plan.student_temperature  # [S]
-        slope = (slope * row_scale).masked_fill(is_idle, 0)  # [k + 1, S]
-        grad_hidden = student_hidden.new_zeros(student_hidden.shape, dtype=loop.dtype)  # [S, H]
-        grad_head = student_head.new_zeros(student_head.shape, dtype=loop.dtype) if ctx.needs_input_grad[3] else None
-        for rows in loop.chunks(student_hidden.shape[0]):
-            logits, _ = loop.project(rows)
-            _add_at(logits, column[rows], -torch.inf)
-            grad_logits = loop.grad_logits(rows, logits, None, rows_table[:, rows], slope[-1, rows])
-            _add_at(grad_logits, column[rows], slope[:-1, rows].T)
-            loop.multiply(rows, grad_logits, grad_hidden, grad_head)
-            del logits, grad_logits  # freed before the next chunk's are made
-        sum_over_shards(grad_hidden, loop.group)
-        return (
-            None,
-            None,
-            grad_hidden.to(student_hidden.dtype),
-            None if grad_head is None else grad_head.to(student_head.dtype),
-            None,
-            None,
-            None,
-        )
+        return cls(loss, slope, torch.stack(statistics), rows_table)
 
 
-def _read_chunk(loop: ChunkLoop, rows: slice, column: torch.Tensor) -> torch.Tensor:
+def _gradient_loop(plan: Plan, student_hidden: torch.Tensor, student_head: torch.Tensor) -> ChunkLoop:
+    """The loop whose `grad_logits` is a row's scale times the softmax: nll without targets."""
+    loop = ChunkLoop.of(plan, student_hidden, student_head, None, None, None)
+    loop.column = torch.full((student_hidden.shape[0],), -1, dtype=torch.int64, device=student_hidden.device)
+    return loop
+
+
+def _scaled(slope: torch.Tensor, row_weight: torch.Tensor, loop: ChunkLoop) -> torch.Tensor:
+    """Slopes [k + 1, C] by the logits before the temperature, times row_weight [C]; zero in rows that have none."""
+    return (slope * (row_weight.to(loop.dtype) / loop.plan.student_temperature)).masked_fill(row_weight == 0, 0)
+
+
+def _add_gradient(
+    loop: ChunkLoop,
+    rows: slice,
+    logits: torch.Tensor,
+    column: torch.Tensor,
+    rows_table: torch.Tensor,
+    slope: torch.Tensor,
+    grad_hidden: torch.Tensor,
+    grad_head: torch.Tensor | None,
+) -> None:
+    """Turn logits [C, columns], -inf where listed, into their gradient and that into both products."""
+    grad_logits = loop.grad_logits(rows, logits, None, rows_table, slope[-1])
+    _add_at(grad_logits, column, slope[:-1].T)
+    loop.multiply(rows, grad_logits, grad_hidden, grad_head)
+
+
+def _run(
+    models: tuple[Any, ...], loss_weight: torch.Tensor | None, head_grad: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """total [] or None, loss [S], statistics [6, S]."""
+    hidden, head = models[2:4]
+    if loss_weight is None:
+        if head_grad is not None:
+            raise ValueError("head_grad belongs to loss_weight [S], which was not given")
+        return None, *_TopKRows.apply(*models)
+    check_weights(hidden, head, loss_weight, head_grad)
+    if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
+        return _TopKTotal.apply(*models, loss_weight, head_grad)
+    loss, statistics = _TopKRows.apply(*models)
+    return weighted_total(loss_weight, loss), loss, statistics
+
+
+def _read_chunk(loop: ChunkLoop, rows: slice, logits: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
     """One chunk's share of a shard, column [C, k] -> [4 + k, C] float64: maximum, total and centred sum of the columns
-    that are not listed, the target's logit, and the listed logits, -inf for what other shards hold."""
-    logits, _ = loop.project(rows)  # [C, columns]
+    that are not listed, the target's logit, and the listed logits, -inf for what other shards hold. Leaves -inf in the
+    listed columns of logits [C, columns]."""
     target = None if loop.column is None else loop.column[rows, None]  # [C, 1]
     listed = _logits_at(logits, column, loop)  # [k, C]
     chosen = listed.new_full(listed.shape[1:], -torch.inf) if target is None else _logits_at(logits, target, loop)[0]

@@ -451,15 +451,15 @@ class SGLangEngine:
         client = self._client_of(server)
         try:
             features = self._start(client.features()).result()
+            room = features.max_input_tokens
+            if room and room < self.max_context:
+                raise ValueError(
+                    f"{server.url} takes prompts of {room} tokens, max_context is {self.max_context}; start it with a "
+                    "context_length some tokens above max_context"
+                )
         except BaseException:
             self._start(client.close()).result()
             raise
-        room = features.max_input_tokens
-        if room and room < self.max_context:
-            raise ValueError(
-                f"{server.url} takes prompts of {room} tokens, max_context is {self.max_context}; start it with a "
-                "context_length some tokens above max_context"
-            )
         return Link(client=client, features=features, start=self._start)
 
     def _client_of(self, server: Server) -> SGLangClient:

@@ -2,12 +2,16 @@
 
 import json
 
+import pytest
+
 from megatron_tcod.envs.alfworld import ALFWorld
 from megatron_tcod.journal import read_journal
 from megatron_tcod.train import main
 
 
-def test_b2f_replays_published_demonstrations_in_the_real_engine(single_process, run_flags, alfworld_games, tmp_path):
+@pytest.mark.parametrize("engine", ["embedded", pytest.param("sglang", marks=pytest.mark.sglang)])
+def test_b2f_replays_published_demonstrations_in_the_real_engine(single_process, request, alfworld_games, tmp_path, engine):
+    run_flags = request.getfixturevalue("sglang_flags" if engine == "sglang" else "run_flags")
     tasks = ALFWorld.tasks("train", count=3, root=str(alfworld_games))
     experts = {task.task_id: ALFWorld.expert(task, seed=0, root=str(alfworld_games)) for task in tasks}
     path = tmp_path / "train_expert.jsonl"
@@ -34,6 +38,8 @@ def test_b2f_replays_published_demonstrations_in_the_real_engine(single_process,
     assert main(flags) == 0
     episodes = list(read_journal(tmp_path / "run" / "trajectories.jsonl").records)
     assert [episode["outcome"] for episode in episodes] == ["ok"] * 3
+    (step,) = read_journal(tmp_path / "run" / "metrics.jsonl").records
+    assert step["logprob/rollout_gap"] <= 1e-4
     for episode in episodes:
         recorded = experts[episode["task"]["task_id"]].turns
         replayed = [turn for turn in episode["turns"] if turn["actor"] == "teacher"]

@@ -80,6 +80,28 @@ def _chunked(kind, operands, *, vocab, tau=1.0, **options):
     return out, hidden.grad, head.grad
 
 
+def _weighted(kind, operands, *, vocab, tau=1.0, main_grad=None, **options):
+    """The form that knows the weights; the head's gradient is what was added to `main_grad` where that is given."""
+    hidden, head = operands["hidden"].clone().requires_grad_(), operands["head"].clone().requires_grad_()
+    out = linear_topk_divergence(
+        hidden,
+        head,
+        operands["ids"],
+        operands["logprobs"],
+        kind=kind,
+        beta=BETA,
+        vocab_size=vocab,
+        student_temperature=tau,
+        target_ids=operands["targets"],
+        loss_weight=operands["weight"],
+        head_grad=main_grad,
+        **options,
+    )
+    out.total.backward()
+    assert not out.loss.requires_grad and (main_grad is None or head.grad is None)
+    return out, hidden.grad, head.grad if main_grad is None else main_grad
+
+
 def _error(value: torch.Tensor, truth: torch.Tensor) -> float:
     return ((value.double() - truth).norm() / truth.norm().clamp(min=1e-300)).item()
 
@@ -296,10 +318,60 @@ def test_nan_surfaces_in_its_row_and_an_idle_row_leaves_no_trace(kind: str):
     assert hidden_grad[4].isnan().all() and head_grad.isnan().any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk_size", [None, 10, 1])
+def test_the_form_with_weights_gives_the_same_values_and_gradients(kind: str, chunk_size: int | None):
+    operands = _operands(37, 507, 20, padded=512)
+    expected, hidden_grad, head_grad = _chunked(kind, operands, vocab=507, tau=0.7)
+    before = torch.linspace(-1, 1, 512 * 24, dtype=torch.float64).view(512, 24)
+    for main_grad in (None, before.clone()):
+        out, *grads = _weighted(kind, operands, vocab=507, tau=0.7, chunk_size=chunk_size, main_grad=main_grad)
+        assert out.total.item() == pytest.approx((expected.loss * operands["weight"]).sum().item(), rel=1e-12)
+        for name in (name for name in vars(expected) if name != "total"):
+            torch.testing.assert_close(getattr(out, name), getattr(expected, name).detach(), rtol=1e-11, atol=1e-12)
+        added = grads[1] if main_grad is None else grads[1] - before
+        torch.testing.assert_close(grads[0], hidden_grad, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(added, head_grad, rtol=1e-9, atol=1e-12)
+
+
+def test_rows_without_weight_leave_no_trace_in_the_form_with_weights():
+    operands = _operands(6, 507, 20, dtype=torch.float32)
+    operands["weight"][4] = 0
+    clean, *clean_grads = _weighted("reverse_kl", operands, vocab=507)
+    operands["hidden"][4, 5] = torch.nan
+    out, *grads = _weighted("reverse_kl", operands, vocab=507)
+    assert out.total.item() == clean.total.item() and out.loss[4].item() == out.student_entropy[4].item() == 0
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(grads, clean_grads, strict=True))
+    assert torch.equal(grads[0][4], torch.zeros(24))
+    spoilt, *_ = _weighted("reverse_kl", operands | {"weight": torch.ones(6)}, vocab=507)
+    assert spoilt.total.isnan() and spoilt.loss.isnan().tolist() == [False] * 4 + [True, False]
+
+
+def test_the_form_with_weights_scales_by_the_upstream_gradient_runs_once_with_main_grad_and_not_without_gradients():
+    operands = _operands(5, 507, 20)
+    weighted = dict(kind="jsd", vocab_size=507, loss_weight=operands["weight"])
+    arguments = (operands["ids"], operands["logprobs"])
+    hidden = operands["hidden"].clone().requires_grad_()
+    (3 * linear_topk_divergence(hidden, operands["head"], *arguments, **weighted).total).backward()
+    plain = linear_topk_divergence(hidden, operands["head"], *arguments, kind="jsd", vocab_size=507).loss
+    (truth,) = torch.autograd.grad((3 * operands["weight"] * plain).sum(), hidden)
+    torch.testing.assert_close(hidden.grad, truth, rtol=1e-11, atol=1e-13)
+    main_grad = torch.zeros_like(operands["head"])
+    total = linear_topk_divergence(hidden, operands["head"], *arguments, **weighted, head_grad=main_grad).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+    with torch.no_grad():
+        bare = linear_topk_divergence(hidden, operands["head"], *arguments, **weighted)
+    assert not bare.total.requires_grad and bare.total.item() == pytest.approx(total.item(), rel=1e-12)
+
+
 def test_no_rows_give_an_empty_loss_and_zero_gradients():
     out, hidden_grad, head_grad = _chunked("jsd", _operands(0, 507, 20), vocab=507)
     assert out.loss.shape == out.student_tail.shape == (0,) and hidden_grad.shape == (0, 24)
     assert torch.equal(head_grad, torch.zeros(507, 24, dtype=torch.float64))
+    out, hidden_grad, _ = _weighted("jsd", _operands(0, 507, 20), vocab=507)
+    assert out.total.item() == 0 and hidden_grad.shape == (0, 24)
 
 
 def test_student_topk_lists_the_likeliest_real_tokens_in_order():
@@ -353,6 +425,9 @@ def test_a_whole_vocabulary_with_missing_mass_is_refused():
         ({"teacher_logprobs": torch.zeros(2, 4)}, r"teacher_logprobs must be \[S, k\] = \[2, 3\]"),
         ({"target_ids": torch.zeros(3, dtype=torch.int64)}, r"target_ids must be \[S\] = \[2\] int64"),
         ({"student_head": torch.zeros(507, 23)}, "with one H"),
+        ({"loss_weight": torch.ones(3)}, r"loss_weight must be \[S\] = \[2\]"),
+        ({"head_grad": torch.zeros(507, 24)}, "head_grad belongs to loss_weight"),
+        ({"loss_weight": torch.ones(2), "head_grad": torch.zeros(507, 23)}, "head_grad must be fp32"),
     ],
 )
 def test_bad_arguments_are_refused_with_what_was_expected(changes: dict, message: str):
@@ -410,7 +485,13 @@ def _worker(rank: int, port: int, folder: str) -> None:
                 case["kind"], operands, vocab=507, tau=case["tau"], chunk_size=4, tp_group=group
             )
         assert collectives.names == ["_allgather_base_", "allreduce_"], collectives.names
-        tensors |= {f"{name}/{key}": value.detach() for key, value in vars(out).items()}
+        tensors |= {f"{name}/{key}": value.detach() for key, value in vars(out).items() if value is not None}
+        main_grad = torch.zeros_like(operands["head"])
+        _, weighted_grad, _ = _weighted(
+            case["kind"], operands, vocab=507, tau=case["tau"], chunk_size=4, tp_group=group, main_grad=main_grad
+        )
+        torch.testing.assert_close(weighted_grad, hidden_grad, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(main_grad, head_grad, rtol=1e-11, atol=1e-13)
         ids = student_topk(operands["hidden"], operands["head"], k=20, vocab_size=507, tp_group=group, chunk_size=4)
         tensors |= {f"{name}/hidden_grad": hidden_grad, f"{name}/head_grad": head_grad, f"{name}/topk": ids}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, f"{folder}/{rank}.safetensors")
@@ -433,7 +514,7 @@ def test_two_shards_give_the_unsharded_value_and_gradient_by_one_gather_and_one_
     case = SHARDED[name]
     operands = _operands(13, 507, 20, padded=case["padded"])
     out, hidden_grad, head_grad = _chunked(case["kind"], operands, vocab=507, tau=case["tau"])
-    expected = {key: value.detach() for key, value in vars(out).items()} | {"hidden_grad": hidden_grad}
+    expected = {key: value.detach() for key, value in vars(out).items() if value is not None} | {"hidden_grad": hidden_grad}
     for key, value in expected.items():
         assert torch.equal(sharded[0][f"{name}/{key}"], sharded[1][f"{name}/{key}"]), key
         torch.testing.assert_close(sharded[0][f"{name}/{key}"], value, rtol=1e-11, atol=1e-12)

@@ -1,26 +1,12 @@
-"""Real SGLang servers on a CPU for tests: which interpreter, which flags, and a model directory to serve."""
+"""Real SGLang servers on a CPU for tests, and a model directory to serve."""
 
 from pathlib import Path
 
-import pytest
+from sglang_cpu import CPU_FLAGS, LAUNCHER, PYTHON, require_server_environment
 from tiny_hf import tiny_model
 
 from megatron_tcod.rollout.sglang_server import Server, launch
 
-ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
-CPU_FLAGS = dict(
-    device="cpu",
-    attention_backend="torch_native",
-    dtype="float32",
-    max_total_tokens=8192,
-    cuda_graph_backend_decode="disabled",
-    cuda_graph_backend_prefill="disabled",
-    skip_server_warmup=True,
-    skip_tokenizer_init=True,
-    disable_overlap_schedule=True,
-    enable_deterministic_inference=True,
-)
 MAX_CONTEXT = 256
 
 
@@ -31,8 +17,7 @@ def served_model(seed: int = 0):
 
 def launch_on_cpu(directory: Path, *, model_path: Path | None = None, **flags) -> Server:
     """A server of `served_model()`, with its log and weights below `directory`. Skips where there is no environment."""
-    if not PYTHON.exists():
-        pytest.skip("needs .venv-sglang; make it with: bash tools/sglang_cpu_env.sh")
+    require_server_environment()
     if model_path is None:
         model_path = directory / "model"
         served_model().save_pretrained(model_path)
@@ -42,6 +27,6 @@ def launch_on_cpu(directory: Path, *, model_path: Path | None = None, **flags) -
         flags=CPU_FLAGS | flags,
         environment={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         python=str(PYTHON),
-        program=str(ROOT / "tools" / "sglang_cpu_launcher.py"),
+        program=str(LAUNCHER),
         start_timeout_s=300,
     )

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 from processes import all_end, descendants, is_running, listening_addresses
-from sglang_process import CPU_FLAGS, PYTHON, ROOT
+from sglang_cpu import ROOT
 
-from megatron_tcod.config import toml_value
 from megatron_tcod.envs.demonstrations import write_demonstrations
 from megatron_tcod.envs.household import Household
 from megatron_tcod.journal import read_journal
@@ -23,20 +22,8 @@ pytestmark = pytest.mark.sglang
 
 
 @pytest.fixture
-def flags(run_flags, tmp_path):
-    """Those of a tiny run whose rollouts are a real server's."""
-    if not PYTHON.exists():
-        pytest.skip("needs .venv-sglang; make it with: bash tools/sglang_cpu_env.sh")
-    path = tmp_path / "cpu.toml"
-    served = CPU_FLAGS | {"max_total_tokens": 32768, "sleep_on_idle": True}
-    teacher = {key: value for key, value in served.items() if key != "skip_tokenizer_init"}
-    path.write_text(
-        f'[rollout]\nrollout_engine = "sglang"\nserver = {toml_value(served)}\n'
-        f"[sglang]\nsglang_python = {toml_value(str(PYTHON))}\nserver_start_timeout = 300\nweight_probe_tolerance = 1e-4\n"
-        f'sglang_program = {toml_value(str(ROOT / "tools" / "sglang_cpu_launcher.py"))}\n'
-        f"teacher_server = {toml_value(teacher)}\n"
-    )
-    return ["--config", str(path), *run_flags, "--no-eval-at-end"]
+def flags(sglang_flags):
+    return [*sglang_flags, "--no-eval-at-end"]
 
 
 def command(flags, *more, ranks=1):
