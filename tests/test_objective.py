@@ -8,7 +8,7 @@ import torch
 
 from megatron_tcod.objective import OBJECTIVES, make_objective
 from megatron_tcod.ops import reference
-from megatron_tcod.trajectory import Microbatch, TeacherTarget
+from megatron_tcod.trajectory import Microbatch, ServerTarget, TeacherTarget
 
 VOCAB, PADDED = 61, 64
 TEACHER_STATS = {
@@ -249,3 +249,70 @@ def test_settings_cannot_change_during_a_run(name: str):
 def test_wrong_settings_are_refused_with_the_fix(name: str, settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
         make_objective(name, **settings)
+
+
+def _server_target(target: TeacherTarget, microbatch: Microbatch, *, top_k: int) -> ServerTarget:
+    """What a server with that teacher sends, at temperature 1."""
+    logprobs = (target.hidden @ target.head.T)[:, :VOCAB].log_softmax(-1)
+    top = logprobs.topk(top_k) if top_k else None
+    return ServerTarget(
+        logprob=logprobs.gather(-1, microbatch.target_ids[:, None])[:, 0],
+        topk_ids=top.indices if top else None,
+        topk_logprobs=top.values if top else None,
+    )
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "sampled_token"])
+def test_a_server_that_lists_all_tokens_is_worth_a_teacher_at_hand(name):
+    hidden, head, target = _models(7)
+    microbatch = _microbatch(7, old_logprobs=torch.full((7,), -3.0, dtype=torch.float64))
+    objective = make_objective(name, vocab_size=VOCAB, student_temperature=0.8)
+    found = {}
+    for kind, one in {"hidden": target, "listed": _server_target(target, microbatch, top_k=VOCAB)}.items():
+        own_hidden, own_head = hidden.detach().clone().requires_grad_(), head.detach().clone().requires_grad_()
+        main_grad = torch.zeros_like(own_head)
+        losses = objective(own_hidden, own_head, one, microbatch, tp_group=None, head_grad=main_grad)
+        losses.total.backward()
+        found[kind] = (losses, own_hidden.grad, main_grad)
+    (at_hand, *grads), (behind, *server_grads) = found["hidden"], found["listed"]
+    torch.testing.assert_close(behind.loss, at_hand.loss, rtol=1e-10, atol=1e-12)
+    for ours, theirs in zip(server_grads, grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-11)
+    for key in ("reverse_kl", "forward_kl", "student_entropy", "student_logprob", "teacher_logprob"):
+        torch.testing.assert_close(behind.stats[key], at_hand.stats[key], rtol=1e-10, atol=1e-12)
+    assert behind.stats["teacher_tail"].tolist() == [0.0] * 7
+
+
+def test_the_sampled_token_alone_is_enough_for_its_objective_and_for_no_other():
+    hidden, head, target = _models(7)
+    microbatch = _microbatch(7, old_logprobs=torch.full((7,), -3.0, dtype=torch.float64))
+    sampled = make_objective("sampled_token", vocab_size=VOCAB)
+    alone, at_hand = (
+        sampled(hidden, head, one, microbatch, tp_group=None)
+        for one in (_server_target(target, microbatch, top_k=0), target)
+    )
+    torch.testing.assert_close(alone.loss, at_hand.loss, rtol=1e-10, atol=1e-12)
+    assert "reverse_kl" not in alone.stats
+    for name in ("reverse_kl", "forward_kl", "jsd"):
+        with pytest.raises(ValueError, match="set teacher_top_k, or use the objective sampled_token"):
+            make_objective(name, vocab_size=VOCAB)(
+                hidden, head, _server_target(target, microbatch, top_k=0), microbatch, tp_group=None
+            )
+    with pytest.raises(ValueError, match="teacher_temperature = 2.0"):
+        make_objective("reverse_kl", vocab_size=VOCAB, teacher_temperature=2.0)(
+            hidden, head, _server_target(target, microbatch, top_k=5), microbatch, tp_group=None
+        )
+
+
+def test_for_stale_tokens_the_advantage_is_that_of_the_current_policy():
+    hidden, head, target = _models(5)
+    microbatch = _microbatch(5, old_logprobs=torch.full((5,), -2.0, dtype=torch.float64))
+    student = (hidden @ head.T)[:, :VOCAB].log_softmax(-1).gather(-1, microbatch.target_ids[:, None])[:, 0].detach()
+    teacher = _server_target(target, microbatch, top_k=0).logprob
+    settings = dict(vocab_size=VOCAB, eps_clip=1.0, eps_clip_high=1e9, eps_clip_c=2e9)  # nothing clips
+    for is_current, behind in ((True, student), (False, microbatch.old_logprobs)):
+        losses = make_objective("sampled_token", is_advantage_current=is_current, **settings)(
+            hidden, head, target, microbatch, tp_group=None
+        )
+        expected = -(teacher - behind) * (student - microbatch.old_logprobs).exp()
+        torch.testing.assert_close(losses.loss, expected, rtol=1e-10, atol=1e-12)

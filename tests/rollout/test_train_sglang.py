@@ -93,6 +93,23 @@ def test_a_teacher_behind_a_server_scores_like_one_in_the_trainer(flags, househo
         assert behind["teacher_prefix/scored"] > 0
 
 
+@pytest.mark.parametrize("top_k", [8, 0])
+def test_a_served_teacher_demonstrates_and_measures(flags, household_models, tmp_path, top_k):
+    """Random weights solve nothing, so what was attempted shows in the message; the expert's solutions are then replayed."""
+    served = ["--teacher", "sglang", "--teacher-model", str(household_models / "teacher"), "--teacher-top-k", str(top_k)]
+    served += ["--objective", "reverse_kl" if top_k else "sampled_token"]
+    output = tmp_path / "evaluation.json"
+    evaluating = [*command(flags, *served)[:2], "megatron_tcod.evaluate", *flags[:-1], *served, "--output", str(output)]
+    done = subprocess.run(evaluating, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tasks = json.loads(output.read_text())["tasks"]
+    assert len(tasks) == 3 and all(len(task["kl_by_turn"]) == task["turns"] == 5 for task in tasks)
+    asking = ["--demonstrations", str(tmp_path / "found.jsonl"), "--demonstration-tasks", "2", "--demonstration-samples", "2"]
+    demonstrating = [*evaluating[:2], "megatron_tcod.demonstrate", *flags[:-1], *served, *asking]
+    done = subprocess.run(demonstrating, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "the teacher solved none of 4 attempts" in done.stderr, done.stderr[-3000:]
+
+
 def test_with_staleness_the_servers_play_ahead_and_no_token_is_older_than_allowed(flags, tmp_path):
     run(flags, "--max-staleness", "2", "--train-iters", "6")
     steps = records(tmp_path / "run")
