@@ -109,41 +109,25 @@ class _TeacherSettings(_Settings):
                 f"objective {type(self).__name__} compares with a teacher, but target is None; score first"
             )
         _check_positions(student_hidden, microbatch)
+        shared = {
+            "kind": kind,
+            "beta": beta,
+            "vocab_size": self.vocab_size,
+            "student_temperature": self.student_temperature,
+            "target_ids": microbatch.target_ids,
+            "loss_weight": microbatch.loss_weight,
+            "head_grad": head_grad,
+            "tp_group": tp_group,
+            "chunk_size": self.chunk_size,
+            "backend": self.backend,
+        }
         if isinstance(target, ServerTarget):
-            return self._compare_listed(
-                kind, student_hidden, student_head, target, microbatch, tp_group=tp_group, head_grad=head_grad, beta=beta
-            )
-        return linear_divergence(
-            student_hidden,
-            student_head,
-            target.hidden,
-            target.head,
-            kind=kind,
-            beta=beta,
-            vocab_size=self.vocab_size,
-            student_temperature=self.student_temperature,
-            teacher_temperature=self.teacher_temperature,
-            target_ids=microbatch.target_ids,
-            loss_weight=microbatch.loss_weight,
-            head_grad=head_grad,
-            tp_group=tp_group,
-            chunk_size=self.chunk_size,
-            is_packed=self.is_packed,
-            backend=self.backend,
-        )
+            self._check_listed(target)
+            return linear_topk_divergence(student_hidden, student_head, target.topk_ids, target.topk_logprobs, **shared)
+        shared |= {"teacher_temperature": self.teacher_temperature, "is_packed": self.is_packed}
+        return linear_divergence(student_hidden, student_head, target.hidden, target.head, **shared)
 
-    def _compare_listed(
-        self,
-        kind: str,
-        student_hidden: torch.Tensor,
-        student_head: torch.Tensor,
-        target: ServerTarget,
-        microbatch: Microbatch,
-        *,
-        tp_group: dist.ProcessGroup | None,
-        head_grad: torch.Tensor | None,
-        beta: float,
-    ) -> TopKDivergence:
+    def _check_listed(self, target: ServerTarget) -> None:
         if target.topk_ids is None:
             raise ValueError(
                 f"objective {type(self).__name__} compares distributions, but the teacher's server was asked for the "
@@ -153,22 +137,6 @@ class _TeacherSettings(_Settings):
             raise ValueError(
                 f"teacher_temperature = {self.teacher_temperature}, but a server's numbers are of temperature 1; set it to 1"
             )
-        return linear_topk_divergence(
-            student_hidden,
-            student_head,
-            target.topk_ids,
-            target.topk_logprobs,
-            kind=kind,
-            beta=beta,
-            vocab_size=self.vocab_size,
-            student_temperature=self.student_temperature,
-            target_ids=microbatch.target_ids,
-            loss_weight=microbatch.loss_weight,
-            head_grad=head_grad,
-            tp_group=tp_group,
-            chunk_size=self.chunk_size,
-            backend=self.backend,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

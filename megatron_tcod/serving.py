@@ -79,10 +79,10 @@ def rollout_servers(config: Config) -> list[Server]:
         return [attach(url, api_key=api_key, admin_key=admin_key) for url in mine]
 
     def start(number: int) -> Server:
-        flags = {"load_format": "dummy"} | config.rollout.server  # the trainer's weights come before the first request
+        own, theirs = {"load_format": "dummy"}, underscored(config.rollout.server)  # the trainer's weights come first
         if torch.cuda.is_available():
-            first = parallel.device().index + number * int(flags.get("tp_size", flags.get("tp-size", 1)))
-            flags.setdefault("base_gpu_id", first)
+            own["base_gpu_id"] = parallel.device().index + number * int(theirs.get("tp_size", 1))
+        flags = own | theirs
         return launch_server(config, config.model.student, flags, f"rollout-{parallel.dp_rank()}-{number}")
 
     with ThreadPoolExecutor(sglang.servers_per_replica) as threads:
@@ -96,7 +96,7 @@ def launch_server(config: Config, model_path: str, flags: Mapping[str, Any], nam
     return launch(
         model_path,
         run_directory=servers_directory(config),
-        flags={"context_length": config.rollout.rollout_max_context_len + CONTEXT_MARGIN} | dict(flags),
+        flags={"context_length": config.rollout.rollout_max_context_len + CONTEXT_MARGIN} | underscored(flags),
         # The margin may exceed the model's positions; no request does.
         environment={"HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"},
         name=f"{name}.{os.getpid()}",  # evaluations may share the directory
@@ -104,6 +104,11 @@ def launch_server(config: Config, model_path: str, flags: Mapping[str, Any], nam
         program=config.sglang.sglang_program,
         start_timeout_s=config.sglang.server_start_timeout,
     )
+
+
+def underscored(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """SGLang's flags under one spelling, so that a user's replaces ours."""
+    return {name.replace("-", "_"): value for name, value in flags.items()}
 
 
 def servers_directory(config: Config) -> Path:

@@ -56,7 +56,7 @@ def sglang_flags(run_flags, tmp_path) -> list[str]:
     from megatron_tcod.config import toml_value
 
     require_server_environment()
-    served = CPU_FLAGS | {"max_total_tokens": 32768, "sleep_on_idle": True}
+    served = CPU_FLAGS | {"max_total_tokens": 32768}
     teacher = {key: value for key, value in served.items() if key != "skip_tokenizer_init"}
     path = tmp_path / "cpu.toml"
     path.write_text(

@@ -1,5 +1,6 @@
 """How tests reach real SGLang servers on a CPU: which interpreter, which launcher, which flags."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -7,18 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
 LAUNCHER = ROOT / "tools" / "sglang_cpu_launcher.py"
-CPU_FLAGS = dict(
-    device="cpu",
-    attention_backend="torch_native",
-    dtype="float32",
-    max_total_tokens=8192,
-    cuda_graph_backend_decode="disabled",
-    cuda_graph_backend_prefill="disabled",
-    skip_server_warmup=True,
-    skip_tokenizer_init=True,
-    disable_overlap_schedule=True,
-    enable_deterministic_inference=True,
-)
+QUICKSTART = ROOT / "examples" / "quickstart" / "sglang_cpu.toml"
+CPU_FLAGS = tomllib.loads(QUICKSTART.read_text())["rollout"]["server"] | {"max_total_tokens": 8192}
 
 
 def require_server_environment() -> None:

@@ -20,6 +20,7 @@ import os
 import random
 import statistics
 import tempfile
+import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -44,19 +45,8 @@ from megatron_tcod.trajectory import Demonstration, Episode, Microbatch, Task, T
 
 ROOT = Path(__file__).parents[1]
 PYTHON = Path(os.environ.get("SGLANG_VENV", ROOT / ".venv-sglang")) / "bin" / "python"
-FLAGS = dict(
-    device="cpu",
-    attention_backend="torch_native",
-    dtype="float32",
-    max_total_tokens=65536,
-    cuda_graph_backend_decode="disabled",
-    cuda_graph_backend_prefill="disabled",
-    skip_server_warmup=True,
-    skip_tokenizer_init=True,
-    disable_overlap_schedule=True,
-    enable_deterministic_inference=True,
-    sleep_on_idle=True,
-)
+QUICKSTART = ROOT / "examples" / "quickstart" / "sglang_cpu.toml"
+FLAGS = tomllib.loads(QUICKSTART.read_text())["rollout"]["server"] | {"max_total_tokens": 65536}
 TOLERANCE = 1e-4
 ROUNDS = 5
 NUM_SAMPLES = 8

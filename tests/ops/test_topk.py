@@ -62,9 +62,8 @@ def _ordinary(kind, operands, *, dtype, vocab, tau=1.0, tail_floor=1e-6):
     return loss.detach(), hidden.grad, head.grad
 
 
-def _chunked(kind, operands, *, vocab, tau=1.0, **options):
-    hidden, head = operands["hidden"].clone().requires_grad_(), operands["head"].clone().requires_grad_()
-    out = linear_topk_divergence(
+def _called(kind, operands, hidden, head, *, vocab, tau=1.0, **options):
+    return linear_topk_divergence(
         hidden,
         head,
         operands["ids"],
@@ -76,27 +75,19 @@ def _chunked(kind, operands, *, vocab, tau=1.0, **options):
         target_ids=operands["targets"],
         **options,
     )
+
+
+def _chunked(kind, operands, **options):
+    hidden, head = operands["hidden"].clone().requires_grad_(), operands["head"].clone().requires_grad_()
+    out = _called(kind, operands, hidden, head, **options)
     (out.loss * operands["weight"].to(out.loss.dtype)).sum().backward()
     return out, hidden.grad, head.grad
 
 
-def _weighted(kind, operands, *, vocab, tau=1.0, main_grad=None, **options):
+def _weighted(kind, operands, *, main_grad=None, **options):
     """The form that knows the weights; the head's gradient is what was added to `main_grad` where that is given."""
     hidden, head = operands["hidden"].clone().requires_grad_(), operands["head"].clone().requires_grad_()
-    out = linear_topk_divergence(
-        hidden,
-        head,
-        operands["ids"],
-        operands["logprobs"],
-        kind=kind,
-        beta=BETA,
-        vocab_size=vocab,
-        student_temperature=tau,
-        target_ids=operands["targets"],
-        loss_weight=operands["weight"],
-        head_grad=main_grad,
-        **options,
-    )
+    out = _called(kind, operands, hidden, head, loss_weight=operands["weight"], head_grad=main_grad, **options)
     out.total.backward()
     assert not out.loss.requires_grad and (main_grad is None or head.grad is None)
     return out, hidden.grad, head.grad if main_grad is None else main_grad
