@@ -100,6 +100,12 @@ class TrainingConfig:
     """Optimizer steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
+    async_save: bool = False
+    """Write checkpoints in a thread beside training, from a copy in host memory; at most one at a time."""
+    save_hf: bool = False
+    """Add model.safetensors to every checkpoint. The last one always has it, others are exported by megatron_tcod.export."""
+    allow_pickle: bool = False
+    """Resume with stock torch, which runs whatever code a checkpoint's files hold. Only for files you trust."""
     trajectory_interval: int = Field(default=1, ge=1)
     """Optimizer steps between steps whose episodes are written to trajectories.jsonl."""
     log_interval: int = Field(default=1, ge=1)

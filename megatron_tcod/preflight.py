@@ -22,7 +22,7 @@ from megatron_tcod.model.build import ModelShape
 from megatron_tcod.model.families.family import Family
 from megatron_tcod.model.mapping import check_tensors, read_hf_config
 from megatron_tcod.model.parallel import ParallelLayout, check_world_size
-from megatron_tcod.model.weight_files import WeightFiles
+from megatron_tcod.model.sharded_files import open_weights
 from megatron_tcod.ops import backends
 from megatron_tcod.rollout.chat import TurnTokenizer, check_same_tokenizer
 
@@ -134,7 +134,7 @@ def check_vocabulary(role: str, shape: ModelShape, tokenizer: TurnTokenizer) -> 
 
 def check_weights(directory: str, family: Family, shape: ModelShape) -> None:
     """Headers only: every tensor is there and has the shape that config.json says."""
-    with WeightFiles(directory) as files:
+    with open_weights(directory, family, shape) as files:
         check_tensors(files, family, shape)
 
 

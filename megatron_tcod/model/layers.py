@@ -272,6 +272,10 @@ class SwiGLU(torch.nn.Module):
     def forward(self, gate_up: Tensor) -> Tensor:
         return _SwiGLU.apply(gate_up)
 
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Megatron's MLP asks each of its parts; this one has no weights."""
+        return {}
+
 
 class HiddenOutput(ColumnParallelLinear):
     """An output layer that owns its weight and its checkpoint keys but hands the hidden states on.

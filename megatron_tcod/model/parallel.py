@@ -112,10 +112,24 @@ def _join_world(timeout: datetime.timedelta) -> None:
 
 def shutdown() -> None:
     """Leave the world and forget Megatron's groups; safe to call twice."""
+    global _io_group
+    _io_group = None
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+_io_group: dist.ProcessGroup | None = None
+
+
+def io_group() -> dist.ProcessGroup:
+    """All ranks on gloo, for work on files: no kernel waits behind it, and another thread may use it meanwhile.
+    Collective at its first call."""
+    global _io_group
+    if _io_group is None:
+        _io_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=1))
+    return _io_group
 
 
 def device() -> torch.device:
@@ -194,11 +208,12 @@ def last_stage_rank() -> int:
 
 def all_gather_bytes(data: bytes, *, group: dist.ProcessGroup | None = None) -> list[bytes]:
     """The bytes of every rank of `group` (default: the world), in rank order, on every rank. Collective."""
-    lengths = _all_gather(torch.tensor([len(data)], device=device()), group)
+    where = torch.device("cpu") if dist.get_backend(group) == "gloo" else device()
+    lengths = _all_gather(torch.tensor([len(data)], device=where), group)
     longest = int(max(lengths))
     if longest == 0:
         return [b""] * len(lengths)
-    mine = torch.zeros(longest, dtype=torch.uint8, device=device())
+    mine = torch.zeros(longest, dtype=torch.uint8, device=where)
     if data:
         mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(mine.device)
     rows = _all_gather(mine, group)  # [longest] of each rank

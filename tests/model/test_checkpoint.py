@@ -13,14 +13,16 @@ import pytest
 import torch
 from gloo_world import run_ranks
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_models import tiny_shape
 
 from megatron_tcod.model import build, checkpoint, parallel
-from megatron_tcod.model.checkpoint import AdamState, CheckpointError, find_latest, load_latest, save
+from megatron_tcod.model.checkpoint import CheckpointError, find_latest, load_latest, save
 from megatron_tcod.model.families import find_family
 from megatron_tcod.model.mapping import export_hf, hf_plan, load_named
+from megatron_tcod.model.optimizer_state import AdamState
 from megatron_tcod.model.parallel import ParallelLayout
+from megatron_tcod.model.sharded_files import ShardedWeights
 from megatron_tcod.model.student import OptimizerSettings, Student
 
 FAMILY = find_family("qwen3")
@@ -62,9 +64,14 @@ def weights(student, shape=SHAPE):
 
 
 def adam(student, shape=SHAPE):
-    items = AdamState(student.chunks, student.optimizer).export(FAMILY, shape)
-    next(items)  # the plan
-    return {name: tensor.clone() for name, tensor in items}
+    """Every optimizer tensor in full, gathered by the Hugging Face export; collective."""
+    state = AdamState(student.chunks, student.optimizer)
+    kinds = list(state.tensors(next(build.named_parameters(student.chunks))[1]))
+    return {"step": torch.tensor(state.scalars()["step"])} | {
+        f"{kind}.{name}": tensor.clone()
+        for kind in kinds
+        for name, tensor in export_hf(student.chunks, FAMILY, shape, read=lambda p, kind=kind: state.tensors(p)[kind])
+    }
 
 
 def save_student(root, student, step, *, shape=SHAPE, **more):
@@ -76,7 +83,7 @@ def save_student(root, student, step, *, shape=SHAPE, **more):
         shape=shape,
         optimizer=student.optimizer,
         scheduler=student.scheduler,
-        **more,
+        **{"with_hf_weights": True, **more},
     )
 
 
@@ -106,7 +113,8 @@ def resume_worker(root):
         assert (path / "manifest.json").exists(), where  # on every rank: all have waited for rank 0
         kept_weights, kept_adam = weights(student), adam(student)
         assert same(load_file(path / "model.safetensors"), kept_weights), where
-        assert same(load_file(path / "optimizer.safetensors"), kept_adam), where
+        with ShardedWeights(path, FAMILY, SHAPE) as stored:
+            assert same(dict(stored), kept_weights), where
         train(student, SAVED_AT, STEPS)
         uninterrupted = weights(student), adam(student)
 
@@ -135,7 +143,7 @@ def check_errors_reach_every_rank(root):
         ("none of 1 checkpoints is intact", lambda: load_student(directory, student)),
     ):
         if "intact" in words and parallel.rank() == 0:
-            with open(directory / "step_0000003" / "optimizer.safetensors", "r+b") as file:
+            with open(directory / "step_0000003" / "__3_0.distcp", "r+b") as file:
                 file.truncate(1000)
         try:
             action()
@@ -330,7 +338,8 @@ def test_the_newest_is_loaded_and_nothing_there_is_none(root, tmp_path):
     assert load_student(tmp_path / "empty", new_student()) is None
 
 
-FILES = ["config.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json", "manifest.json"]
+SHARDED = ["__0_0.distcp", ".metadata", "metadata.json", "common.pt"]
+FILES = [*SHARDED, "config.json", "model.safetensors", "state.json", "tokenizer.json", "manifest.json"]
 
 
 def test_every_flipped_bit_is_found_and_the_one_before_is_taken(root, caplog):
@@ -454,10 +463,22 @@ def test_files_that_verify_but_are_of_another_model_are_refused(root):
     checkpoint.write_manifest(path, {"step": 2})
     with pytest.raises(CheckpointError, match="config.json and state.json disagree"):
         load_student(root, new_student())
-    (path / "config.json").write_text(json.dumps(config))
-    moments = load_file(path / "optimizer.safetensors")
-    moments.pop("exp_avg.model.norm.weight")
-    save_file(moments, path / "optimizer.safetensors")
+
+
+def test_shards_of_another_model_are_refused_by_tensor(root, tmp_path):
+    """Someone exchanged the shards and made the manifest anew."""
+    other = dataclasses.replace(SHAPE, ffn_hidden_size=64)
+    foreign = save_student(tmp_path / "other", new_student(shape=other), 2, shape=other)
+    path = root / "step_0000002"
+    for name in SHARDED:
+        shutil.copy(foreign / name, path / name)
     checkpoint.write_manifest(path, {"step": 2})
-    with pytest.raises(ValueError, match="model.norm.weight.*missing"):
+    with pytest.raises(ValueError, match=r"Global shape mismatch.*linear_fc1"):
+        load_student(root, new_student())
+    deeper = dataclasses.replace(SHAPE, num_layers=2)
+    foreign = save_student(tmp_path / "shallow", new_student(shape=deeper), 2, shape=deeper)
+    for name in SHARDED:
+        shutil.copy(foreign / name, path / name)
+    checkpoint.write_manifest(path, {"step": 2})
+    with pytest.raises(ValueError, match="not in"):
         load_student(root, new_student())
