@@ -60,7 +60,7 @@ class Run:
         self.wait(30)
 
     def said(self) -> str:
-        return "".join(path.read_text(errors="replace") for path in self._logs)
+        return "".join(path.read_text(errors="replace") for path in self._logs if path.exists())
 
 
 class RunServer:
