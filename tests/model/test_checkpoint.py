@@ -199,7 +199,7 @@ def kill_worker(root, num_kills):
 
 
 def test_killed_at_any_moment_the_last_finished_checkpoint_is_there(tmp_path):
-    run_ranks(1, kill_worker, tmp_path, 12)
+    run_ranks(1, kill_worker, tmp_path, 8)
     assert len(list(tmp_path.glob("step_*"))) <= 3  # the two that are kept, and one that was about to go
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 
 import pytest
@@ -19,6 +20,7 @@ from megatron_tcod.model import checkpoint, parallel, safe_reader
 from megatron_tcod.model.checkpoint import find_latest
 from megatron_tcod.model.parallel import ParallelLayout
 from megatron_tcod.model.sharded_files import ShardedWeights, read_sharded
+from megatron_tcod.model.weight_files import verify_manifest
 
 NUM_FLIPS, NUM_TRUNCATIONS = 1000, 200
 
@@ -50,7 +52,7 @@ def root(tmp_path, saved):
 
 
 def test_1000_flipped_bytes_and_200_truncations_are_all_found(root):
-    """Spread over the files by their size, each at least 20 times; the one before is taken every time."""
+    """Spread over the files by their size, each at least 20 times; every 20th time to the one that is taken instead."""
     newest, draw, found = root / "step_0000002", random.Random(0), 0
     sizes = {name: (newest / name).stat().st_size for name in FILES}
     for count, damage in ((NUM_FLIPS, flip), (NUM_TRUNCATIONS, truncate)):
@@ -60,7 +62,10 @@ def test_1000_flipped_bytes_and_200_truncations_are_all_found(root):
             path = newest / name
             intact = path.read_bytes()
             path.write_bytes(damage(intact, draw))
-            assert find_latest(root) == root / "step_0000001", (name, damage)
+            with pytest.raises(ValueError, match=re.escape(name)):
+                verify_manifest(newest)
+            if found % 20 == 0:
+                assert find_latest(root) == root / "step_0000001", (name, damage)
             path.write_bytes(intact)
             found += 1
     assert found == NUM_FLIPS + NUM_TRUNCATIONS and find_latest(root) == newest
