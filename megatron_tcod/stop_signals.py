@@ -10,7 +10,8 @@
     SIGUSR1    75   stopped to be started again: what a batch script requeues on (BSD's EX_TEMPFAIL)
     SIGINT    130   stopped by Ctrl-C
 
-A second signal while the first is being obeyed acts at once, as if nothing were installed. A launcher may replace the
+The same signal often comes twice, from the batch system or the terminal and from the launcher that passes it on: only
+Ctrl-C some seconds after the first signal ends the process at once. A launcher may replace the
 code with its own (torchrun returns 1 whenever a worker returns anything but 0), so the run also leaves `stopped.json`.
 """
 
@@ -20,6 +21,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -27,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
+IMPATIENT_SECONDS = 2.0
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,7 @@ class StopSignals:
     """Records the first of the signals while the block lasts; only in the main thread, elsewhere it does nothing."""
 
     def __init__(self) -> None:
-        self._received = 0
+        self._received, self._at = 0, 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -49,9 +52,11 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self._received = number
+            if number == signal.SIGINT and time.monotonic() - self._at > IMPATIENT_SECONDS:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self._received, self._at = number, time.monotonic()
         logger.warning("%s: finishing this step, then saving", signal.Signals(number).name)
 
     def agreed_signal(self) -> signal.Signals | None:

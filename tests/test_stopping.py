@@ -14,6 +14,7 @@ from forked_runs import RunServer
 
 from megatron_tcod.journal import read_journal
 from megatron_tcod.run_lock import LOCK_FILE, STALE_SECONDS, RunLock
+from megatron_tcod.stop_signals import IMPATIENT_SECONDS
 
 CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGINT: 130}
 GRACE_SECONDS = 30
@@ -69,6 +70,7 @@ def test_a_signal_saves_within_the_grace_and_the_same_command_goes_on(server, un
     run = server.start(command(flags, save, "--async-save"))
     wait_for_step(run, save, 3)
     run.signal(number)
+    run.signal(number)  # a batch system signals all processes, and the launcher among them passes it on
     assert run.wait(GRACE_SECONDS) == [CODES[number]], run.said()
     done = steps_done(save)
     stopped = json.loads((save / "stopped.json").read_text())
@@ -79,6 +81,20 @@ def test_a_signal_saves_within_the_grace_and_the_same_command_goes_on(server, un
     assert run.wait(120) == [0], run.said()
     assert digest_of(latest(save)) == expected
     assert not (save / "stopped.json").exists() and steps_done(save) == STEPS
+
+
+def test_ctrl_c_again_does_not_wait():
+    script = (
+        "import time; from megatron_tcod.stop_signals import StopSignals\n"
+        "with StopSignals():\n    print('on', flush=True)\n    while True: time.sleep(0.1)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "on\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(IMPATIENT_SECONDS + 0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == -signal.SIGINT
 
 
 def test_one_rank_that_is_told_stops_all_of_them(server, undisturbed, tmp_path):
