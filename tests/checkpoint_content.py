@@ -20,9 +20,12 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def digest_of(path: Path) -> str:
-    """sha256 over names and bits of weights, moments and masters; files differ in timestamps and ids."""
+def digest_of(path: Path, *, vocab_size: int | None = None) -> str:
+    """sha256 over names and bits of weights, moments and masters; files differ in timestamps and ids. `vocab_size` leaves
+    out the rows that pad the vocabulary, whose number differs between layouts."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors_of(path).items()):
+        if vocab_size is not None and name.endswith(("word_embeddings.weight", "output_layer.weight")):
+            tensor = tensor[:vocab_size]
         digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
