@@ -16,13 +16,16 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from megatron_tcod.model import parallel
+from megatron_tcod.model.adam_shards import MOMENTS, AdamShard, adam_shards, gather
 from megatron_tcod.model.build import named_parameters
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "fp32_param"
 
 
@@ -44,7 +47,9 @@ class OptimizerState(Protocol):
 
 def optimizer_state(chunks: list[Module], optimizer: Any) -> OptimizerState:
     """The state of Megatron's optimizer or of a plain torch Adam; ValueError for one that is not known."""
-    return AdamState(chunks, optimizer)
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    is_cut = any(isinstance(part, DistributedOptimizer) for part in parts)
+    return DistributedAdamState(chunks, optimizer) if is_cut else AdamState(chunks, optimizer)
 
 
 class AdamState:
@@ -93,11 +98,7 @@ class AdamState:
         return {"step": steps.pop(), "has_master_weights": self._has_masters()}
 
     def check(self, scalars: Mapping[str, Any]) -> None:
-        if self._has_masters() != scalars["has_master_weights"]:
-            raise ValueError(
-                f"this run {'has' if self._has_masters() else 'has no'} fp32 master weights, the checkpoint is of the "
-                "other precision; resume with the precision of the checkpoint"
-            )
+        check_masters(self._has_masters(), scalars)
 
     def load(self, loaded: Mapping[str, Any], scalars: Mapping[str, Any]) -> None:
         for name, parameter in named_parameters(self._chunks):
@@ -122,6 +123,75 @@ class AdamState:
         return any(_main(parameter) is not parameter for _, parameter in named_parameters(self._chunks))
 
 
+class DistributedAdamState:
+    """The same of an optimizer that gives each data-parallel rank a stretch of the state, under the same names.
+
+    So a run may go on with the distributed optimizer and without, at any data-parallel size. Each tensor is gathered from
+    the ranks that hold its parts and kept whole in host memory until it is written: the state of this rank's parameters,
+    12 bytes a parameter, once per rank. Every method is collective over the replicas.
+    """
+
+    def __init__(self, chunks: list[Module], optimizer: Any) -> None:
+        self._chunks, self._optimizer = chunks, optimizer
+
+    def sharded(self, model: Mapping[str, Any]) -> dict[str, Any]:
+        parameters = [parameter for _, parameter in named_parameters(self._chunks)]
+        places = get_param_id_to_sharded_param_map(dict(model), parameters)
+        return {
+            f"{kind}.{shard.name}": make_sharded_optimizer_tensor(
+                places[index], gather(shard, part).cpu(), f"optimizer.state.{kind}"
+            )
+            for index, shard in enumerate(adam_shards(self._chunks, self._optimizer))
+            for kind, part in self._parts(shard).items()
+        }
+
+    def scalars(self) -> dict[str, Any]:
+        counts = [float(shard.state["step"]) for shard in adam_shards(self._chunks, self._optimizer)]
+        counts += [float(group.get("step", 0.0)) for group in self._groups()]
+        step = torch.tensor([max(counts)], device=parallel.device())
+        dist.all_reduce(step, dist.ReduceOp.MAX)  # a rank may hold no part of any parameter
+        return {"step": float(step), "has_master_weights": self._has_masters()}
+
+    def check(self, scalars: Mapping[str, Any]) -> None:
+        check_masters(self._has_masters(), scalars)
+
+    def load(self, loaded: Mapping[str, Any], scalars: Mapping[str, Any]) -> None:
+        for shard in adam_shards(self._chunks, self._optimizer):
+            for kind, part in self._parts(shard).items():
+                whole = loaded[f"{kind}.{shard.name}"].reshape(-1)
+                part.copy_(whole[shard.start : shard.stop].view(part.shape))
+            shard.state["step"].fill_(scalars["step"])
+        for group in self._groups():
+            if "step" in group or not isinstance(self._inner()[0], torch.optim.Adam):
+                group["step"] = int(scalars["step"])
+
+    def _parts(self, shard: AdamShard) -> dict[str, Tensor]:
+        moments = {kind: shard.state[kind] for kind in MOMENTS}
+        return {**moments, MASTER: shard.main.data} if _has_master(shard.parameter) else moments
+
+    def _inner(self) -> list[torch.optim.Optimizer]:
+        return [part.optimizer for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer])]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for inner in self._inner() for group in inner.param_groups]
+
+    def _has_masters(self) -> bool:
+        return any(_has_master(parameter) for _, parameter in named_parameters(self._chunks))
+
+
+def _has_master(parameter: Parameter) -> bool:
+    return parameter.dtype is not torch.float32
+
+
+def check_masters(has_masters: bool, scalars: Mapping[str, Any]) -> None:
+    """ValueError unless the checkpoint has fp32 master weights if and only if this run has."""
+    if has_masters != scalars["has_master_weights"]:
+        raise ValueError(
+            f"this run {'has' if has_masters else 'has no'} fp32 master weights, the checkpoint is of the other "
+            "precision; resume with the precision of the checkpoint"
+        )
+
+
 def _main(parameter: Parameter) -> Tensor:
     """What the optimizer steps: the fp32 master copy of a bf16 parameter, else the parameter itself."""
     main = getattr(parameter, "main_param", None)
@@ -129,11 +199,7 @@ def _main(parameter: Parameter) -> Tensor:
 
 
 def _torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The torch optimizers under Megatron's wrappers; ValueError for the distributed optimizer."""
+    """The torch optimizers under Megatron's wrappers."""
     wrappers = getattr(optimizer, "chained_optimizers", [optimizer])
-    if any(type(wrapper).__name__ == "DistributedOptimizer" for wrapper in wrappers):
-        raise ValueError(
-            "checkpoints do not support Megatron's distributed optimizer; set use_distributed_optimizer False"
-        )
     inner = [wrapper if isinstance(wrapper, torch.optim.Optimizer) else wrapper.optimizer for wrapper in wrappers]
     return [found for found in inner if found is not None]
