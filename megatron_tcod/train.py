@@ -5,17 +5,20 @@
 
 The run directory (`--save`) holds config.toml, metrics.jsonl, trajectories.jsonl, checkpoints/ and evaluation/. The same
 command continues an interrupted run from its newest intact checkpoint: records written after it are cut off and made
-again, bit for bit where the environment is deterministic. A finished run has nothing left to do.
+again, bit for bit where the environment is deterministic. A finished run has nothing left to do. SIGTERM, SIGUSR1 and
+Ctrl-C end it after the step in progress with a checkpoint, `stopped.json` and a code of their own (`stop_signals.py`).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +36,14 @@ from megatron_tcod.metrics import (
     trajectory_record,
 )
 from megatron_tcod.model import parallel
+from megatron_tcod.model.weight_files import SINGLE_FILE
 from megatron_tcod.preflight import check_run_directory, check_training, preflight
+from megatron_tcod.run_lock import RunLock
+from megatron_tcod.stop_signals import EXIT_CODES, StopSignals
 from megatron_tcod.tcod import sft_step, tcod_step
 from megatron_tcod.trajectory import Episode, Microbatch
+
+STOPPED_FILE = "stopped.json"
 
 logger = logging.getLogger("megatron_tcod.train")  # also where this module is __main__
 
@@ -104,7 +112,7 @@ class RunRecords:
         counts: dict[str, int],
     ) -> None:
         """Reduce and write one step. Collective: one reduction for the metrics, one gather for the trajectories."""
-        speaks = parallel.tp_rank() == 0 and parallel.pp_rank() == 0  # one rank of each replica
+        speaks = parallel.is_first_in_replica()
         mine = episodes if parallel.rank() == 0 else []
         own = (microbatches, stats.per_token) if speaks else ([], [])
         sums = reduce_sums(self._metrics.local_sums(mine, *own, counts=counts))
@@ -139,17 +147,17 @@ class RunRecords:
         self.close()
 
 
-def train(config: Config) -> None:
-    """The run from its newest checkpoint to `train_iters`. Collective over all ranks."""
+def train(config: Config) -> int:
+    """The run from its newest checkpoint to `train_iters`, or to a signal; the exit code. Collective over all ranks."""
     with closing(assemble(config)) as run:
-        train_assembled(config, run)
+        return train_assembled(config, run)
 
 
-def train_assembled(config: Config, run: Assembly) -> None:
+def train_assembled(config: Config, run: Assembly) -> int:
     clock = PhaseClock()
     time_phases(run, clock)
     directory = Path(config.training.save)
-    loaded = run.student.resume(directory / "checkpoints")
+    loaded = run.student.resume(directory / "checkpoints", allow_pickle=config.training.allow_pickle)
     start, state = (loaded.step, loaded.state) if loaded else (0, {})
     if start > config.training.train_iters:
         raise ValueError(
@@ -158,9 +166,12 @@ def train_assembled(config: Config, run: Assembly) -> None:
         )
     run.publish_weights(start)
     run.warm_teacher(start)
-    with RunRecords(config, decode_ids=run.tokenizer.decode, offsets=state.get("journals", {})) as records:
+    offsets = state.get("journals", {})
+    with StopSignals() as stop, RunRecords(config, decode_ids=run.tokenizer.decode, offsets=offsets) as records:
         if parallel.rank() == 0:
-            report_start(config, directory, start, state)
+            report_start(run, directory, start, state)
+        if not evaluation_path(directory, start).exists():
+            evaluate_if_due(run, start)  # a run that was stopped behind this step left it out
         clock.take()
         for step in range(start, config.training.train_iters):
             episodes, microbatches, stats = step_of(run, step)
@@ -173,11 +184,18 @@ def train_assembled(config: Config, run: Assembly) -> None:
             records.write_step(
                 step, episodes, microbatches, stats, seconds=clock.take(), counts=run.take_prefix_counts()
             )
-            finish_step(run, records, step + 1)
+            received = stop.agreed_signal() if step + 1 < config.training.train_iters else None
+            if received is None:
+                evaluate_if_due(run, step + 1)
+            save_if_due(run, records, step + 1, is_stopping=received is not None)
+            if received is not None:
+                run.student.finish_saving()
+                return report_stop(directory, received, step + 1)
             clock.take()
-        is_evaluated = not config.evaluation.eval_at_end or evaluation_path(directory, start).exists()
-        if start >= config.training.train_iters and not is_evaluated:
-            finish_step(run, records, start)
+        if start == config.training.train_iters and not (loaded and (loaded.path / SINGLE_FILE).exists()):
+            save_if_due(run, records, start)
+        run.student.finish_saving()
+    return 0
 
 
 def step_of(run: Assembly, step: int) -> tuple[list[Episode], list[Microbatch], Any]:
@@ -198,19 +216,40 @@ def step_of(run: Assembly, step: int) -> tuple[list[Episode], list[Microbatch], 
     )
 
 
-def finish_step(run: Assembly, records: RunRecords, done: int) -> None:
-    """Evaluate and save where the intervals or the end say so; `done` counts the finished steps. Collective."""
-    training, evaluation = run.config.training, run.config.evaluation
-    is_last = done == training.train_iters
-    is_due = evaluation.eval_interval and done % evaluation.eval_interval == 0
+def evaluate_if_due(run: Assembly, done: int) -> None:
+    """Evaluate after `done` steps where the interval or the end says so, unless that was done before. Collective."""
+    evaluation, path = run.config.evaluation, evaluation_path(Path(run.config.training.save), done)
+    is_last = done == run.config.training.train_iters
+    is_due = done and evaluation.eval_interval and done % evaluation.eval_interval == 0
     if (is_last and evaluation.eval_at_end) or is_due:
         result = evaluate(run, step=done)
         if parallel.rank() == 0:
-            write_evaluation(evaluation_path(Path(training.save), done), result)
+            write_evaluation(path, result)
         run.take_prefix_counts()  # the evaluation's are no step's
-    if is_last or done % training.save_interval == 0:
-        state = {"journals": records.offsets(), "config": to_dict(run.config)}
-        run.student.save(Path(training.save) / "checkpoints", step=done, state=state, keep=training.keep_checkpoints)
+
+
+def save_if_due(run: Assembly, records: RunRecords, done: int, *, is_stopping: bool = False) -> None:
+    """Write a checkpoint where the interval, the end or a signal says so; `done` counts the finished steps. Collective."""
+    training = run.config.training
+    is_last = done == training.train_iters
+    if is_last or is_stopping or done % training.save_interval == 0:
+        state = {"journals": records.offsets(), "config": to_dict(run.config), **position(run, done)}
+        run.student.save(
+            Path(training.save) / "checkpoints",
+            step=done,
+            state=state,
+            keep=training.keep_checkpoints,
+            with_hf_weights=is_last or training.save_hf,
+            in_background=training.async_save and not is_last,
+        )
+
+
+def position(run: Assembly, done: int) -> dict[str, Any]:
+    """Where the curriculum and the task order stand before step `done`: both are functions of the step."""
+    return {
+        "curriculum": {"name": run.config.curriculum.curriculum, "k": run.curriculum.depth(done)},
+        "data_order": {"num_tasks": len(run.train_tasks), "next_tasks": [task.task_id for task in run.tasks_of(done)]},
+    }
 
 
 def evaluation_path(directory: Path, step: int) -> Path:
@@ -226,9 +265,21 @@ def time_phases(run: Assembly, clock: PhaseClock) -> None:
         run.teacher.score = clock.timed("teacher", run.teacher.score)
 
 
-def report_start(config: Config, directory: Path, start: int, state: dict[str, Any]) -> None:
-    """Say where the run stands, and what differs from the settings that the checkpoint was made with."""
+def report_stop(directory: Path, received: signal.Signals, done: int) -> int:
+    """Leave word of a signal's end for launchers that hide exit codes; the exit code."""
+    code = EXIT_CODES[received]
+    if parallel.rank() == 0:
+        record = {"signal": received.name, "step": done, "exit_code": code}
+        (directory / STOPPED_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        logger.warning("%s: saved step %d in %s, leaving with code %d", received.name, done, directory, code)
+    return code
+
+
+def report_start(run: Assembly, directory: Path, start: int, state: dict[str, Any]) -> None:
+    """Say where the run stands, and what differs from what the checkpoint was made with."""
+    config = run.config
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / STOPPED_FILE).unlink(missing_ok=True)
     (directory / "config.toml").write_text(to_toml(config), encoding="utf-8")
     if not start:
         logger.info("training from step 0 to %d in %s", config.training.train_iters, directory)
@@ -240,6 +291,9 @@ def report_start(config: Config, directory: Path, start: int, state: dict[str, A
             for key, value in settings.items():
                 if (old := before.get(part, {}).get(key)) != value:
                     logger.warning("%s was %r when the checkpoint was made and is %r now", key, old, value)
+    for name, expected in position(run, start).items():
+        if (saved := state.get(name, expected)) != expected:
+            logger.warning("%s: the checkpoint was about to go on with %s, this run does with %s", name, saved, expected)
 
 
 def main(argv: list[str]) -> int:
@@ -256,9 +310,10 @@ def main(argv: list[str]) -> int:
     if dry_run:
         print("\n".join(checked))
         return 0
-    train(config)
-    parallel.shutdown()
-    return 0
+    with RunLock(config.training.save) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        code = train(config)
+        parallel.shutdown()
+    return code
 
 
 def world_size() -> int:

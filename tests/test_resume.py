@@ -1,78 +1,50 @@
 """A run killed with SIGKILL and restarted by the same command ends as if nothing had happened."""
 
 import hashlib
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from checkpoint_content import digest_of
+from forked_runs import RunServer
 
 from megatron_tcod.journal import read_journal
-
-NUM_STEPS = 60
-
-
-def command(flags, save, num_processes):
-    run = ["-m", "megatron_tcod.train", *flags, "--save", str(save)]
-    if num_processes == 1:
-        return [sys.executable, *run]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), *run]
-
-
-def environment():
-    ours = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return ours | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def steps_done(save):
     path = Path(save) / "metrics.jsonl"
-    return len(list(read_journal(path).records)) if path.exists() else 0
+    return len(read_journal(path).records) if path.exists() else 0
 
 
-def kill_at(flags, save, num_processes, step):
-    """Start the run, SIGKILL all of its processes once `step` steps are recorded; the number recorded then.
+def unfinished(save):
+    """Checkpoints that are being written, or were when their run was killed."""
+    return {(path.name, path.stat().st_ino) for path in (Path(save) / "checkpoints").glob(".step_*.tmp")}
 
-    torchrun puts its workers into sessions of their own, so a signal to its process group would leave them running.
-    """
-    process = subprocess.Popen(
-        command(flags, save, num_processes), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 300
-    while steps_done(save) < step:
-        assert process.poll() is None, "the run ended before it was killed"
-        assert time.monotonic() < deadline, "the run does not get to the step it should be killed at"
+
+def kill(server, flags, save, step, draw, *, inside_save, num_ranks):
+    """Start the run, SIGKILL all ranks behind `step`, or in the next save after it; whether a save was cut short."""
+    earlier = unfinished(save)
+    run = server.start([*flags, "--save", str(save)], num_ranks=num_ranks)
+    deadline = time.monotonic() + 120
+    while not (save / "metrics.jsonl").exists() or "training from" not in run.said() and "resuming" not in run.said():
+        assert run.is_running() and time.monotonic() < deadline, run.said()
         time.sleep(0.02)
-    launcher = psutil.Process(process.pid)
-    victims = [launcher, *launcher.children(recursive=True)]
-    assert len(victims) >= (1 if num_processes == 1 else 1 + num_processes)
-    for victim in victims:
-        victim.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not psutil.wait_procs(victims, timeout=30)[1], "a process of the run is still alive"
+    while steps_done(save) < step or (inside_save and not unfinished(save) - earlier):
+        assert run.is_running() and time.monotonic() < deadline, run.said()
+        if not inside_save:
+            time.sleep(0.005)
+    time.sleep(draw.uniform(0.0, 0.03))
+    run.kill()
     recorded = steps_done(save)
-    time.sleep(1)
+    time.sleep(0.1)
     assert steps_done(save) == recorded, "somebody goes on writing"
-    return recorded
+    return bool(unfinished(save) - earlier)
 
 
-def run(flags, save, num_processes):
-    done = subprocess.run(
-        command(flags, save, num_processes), env=environment(), capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def final_state(save):
-    checkpoint = Path(save) / "checkpoints" / f"step_{NUM_STEPS:07d}"
-    hashes = {
-        name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
-        for name in ("model.safetensors", "optimizer.safetensors")
-    }
+def final_state(save, num_steps):
+    checkpoint = Path(save) / "checkpoints" / f"step_{num_steps:07d}"
+    hashes = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest(), digest_of(checkpoint)
     metrics = [
         {key: value for key, value in record.items() if not key.startswith("seconds/") and key != "tokens/per_second"}
         for record in read_journal(Path(save) / "metrics.jsonl").records
@@ -81,25 +53,51 @@ def final_state(save):
     return hashes, metrics, episodes
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_killed_run_ends_with_the_weights_and_records_of_an_undisturbed_one(run_flags, tmp_path, num_processes):
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with RunServer(tmp_path_factory.mktemp("logs")) as server:
+        yield server
+
+
+def check_killed_run_equals_undisturbed_one(server, flags, tmp_path, *, num_ranks, num_steps, num_kills, min_cut_saves):
     flags = [
-        *run_flags,
-        "--train-iters", str(NUM_STEPS),
+        *flags,
+        "--train-iters", str(num_steps),
         "--save-interval", "7",
         "--curriculum", "f2b",
         "--eta", "9",
         "--lr-decay-style", "cosine",
-        "--tensor-model-parallel-size", str(num_processes),
+        "--tensor-model-parallel-size", str(num_ranks),
     ]  # fmt: skip
-    run(flags, tmp_path / "undisturbed", num_processes)
-    kill_step = random.SystemRandom().randrange(8, NUM_STEPS - 5)
-    recorded = kill_at(flags, tmp_path / "killed", num_processes, kill_step)
-    latest = (tmp_path / "killed" / "checkpoints" / "latest").read_text().strip()
-    assert int(latest.removeprefix("step_")) <= recorded < NUM_STEPS, "the run was killed on its way"
-    run(flags, tmp_path / "killed", num_processes)
-    undisturbed, killed = final_state(tmp_path / "undisturbed"), final_state(tmp_path / "killed")
-    assert killed[0] == undisturbed[0], f"killed at step {kill_step}"
-    assert killed[1] == undisturbed[1]
-    assert killed[2] == undisturbed[2]
-    assert [record["step"] for record in killed[1]] == list(range(1, NUM_STEPS + 1))
+    undisturbed = server.start([*flags, "--save", str(tmp_path / "undisturbed")], num_ranks=num_ranks)
+    assert set(undisturbed.wait(500)) == {0}, undisturbed.said()
+    seed = random.SystemRandom().randrange(2**32)
+    draw, save, cut = random.Random(seed), tmp_path / "killed", 0
+    stretch = (num_steps - 8) / num_kills
+    for number in range(num_kills):
+        step = int(stretch * (number + draw.random()))
+        cut += kill(server, flags, save, step, draw, inside_save=number % 2 == 1, num_ranks=num_ranks)
+        assert steps_done(save) < num_steps, f"seed {seed}: the run must be killed on its way, not at its end"
+    last = server.start([*flags, "--save", str(save)], num_ranks=num_ranks)
+    assert set(last.wait(500)) == {0}, last.said()
+    assert "resuming" in last.said()
+    expected, found = (final_state(tmp_path / name, num_steps) for name in ("undisturbed", "killed"))
+    for what, one, other in zip(("weights and optimizer", "metrics", "episodes"), expected, found, strict=True):
+        assert one == other, f"seed {seed}: other {what}"
+    assert [record["step"] for record in found[1]] == list(range(1, num_steps + 1))
+    assert cut >= min_cut_saves, f"seed {seed}: {cut} of {num_kills} kills were inside a save"
+
+
+def test_a_killed_run_ends_with_the_weights_and_records_of_an_undisturbed_one(server, run_flags, tmp_path):
+    check_killed_run_equals_undisturbed_one(
+        server, run_flags, tmp_path, num_ranks=1, num_steps=40, num_kills=4, min_cut_saves=1
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--async-save"]], ids=["sync", "async"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_20_kills_of_a_200_step_run_leave_no_trace(server, run_flags, tmp_path, num_ranks, more):
+    check_killed_run_equals_undisturbed_one(
+        server, [*run_flags, *more], tmp_path, num_ranks=num_ranks, num_steps=200, num_kills=20, min_cut_saves=5
+    )

@@ -187,6 +187,21 @@ def test_evaluation_in_training_plays_the_weights_of_the_checkpoint(single_proce
     assert json.loads(untrained.read_text())["tasks"] != json.loads(output.read_text())["tasks"]
 
 
+def test_a_checkpoint_without_hugging_face_weights_is_evaluated_like_any_model(single_process, run_flags, tmp_path):
+    from megatron_tcod.evaluate import main as evaluate
+
+    main([*run_flags, "--save-interval", "1", "--eval-interval", "1"])
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_0000001"
+    assert not (checkpoint / "model.safetensors").exists()
+    assert (checkpoint.with_name("step_0000002") / "model.safetensors").exists(), "the last one always has them"
+    evaluate([*run_flags, "--student", str(checkpoint), "--output", str(tmp_path / "after.json")])
+    during, after = (
+        json.loads(path.read_text())
+        for path in (tmp_path / "run" / "evaluation" / "step_0000001.json", tmp_path / "after.json")
+    )
+    assert (after["step"], after["tasks"]) == (1, during["tasks"])
+
+
 def test_without_eval_at_end_a_finished_run_is_saved_and_not_evaluated(single_process, run_flags, tmp_path):
     for _ in range(2):  # the second finds the run finished
         main([*run_flags, "--no-eval-at-end"])

@@ -28,6 +28,7 @@ from megatron_tcod.model.build import ModelShape, named_parameters
 from megatron_tcod.model.families import find_family
 from megatron_tcod.model.families.family import EMBEDDING, HEAD, Family
 from megatron_tcod.model.families.rules import DIMS, LAYOUTS, Slot
+from megatron_tcod.model.sharded_files import ShardedWeights, open_weights
 from megatron_tcod.model.weight_files import (
     SINGLE_FILE,
     TensorWriter,
@@ -74,7 +75,7 @@ def local_parameters(chunks: list[Module], family: Family, shape: ModelShape) ->
     return found
 
 
-def check_tensors(files: WeightFiles, family: Family, shape: ModelShape) -> None:
+def check_tensors(files: WeightFiles | ShardedWeights, family: Family, shape: ModelShape) -> None:
     """ValueError for a tensor that is missing, unexpected or of another shape than config.json says.
 
     A tied model may carry its head a second time; it must then equal the embedding bit for bit.
@@ -112,7 +113,7 @@ def _presence_hint(name: str, shape: ModelShape) -> str:
     return "set model_type in config.json to what the weights are, or export the weights again"
 
 
-def _check_tied_copy(files: WeightFiles) -> None:
+def _check_tied_copy(files: WeightFiles | ShardedWeights) -> None:
     head, embedding = files["lm_head.weight"], files["model.embed_tokens.weight"]
     if not torch.equal(head, embedding):
         raise ValueError(
@@ -127,12 +128,13 @@ def copy_into(parameter: Parameter, shard: Tensor) -> None:
 
 
 def load_hf(chunks: list[Module], directory: str | Path, family: Family, shape: ModelShape) -> None:
-    """Fill this rank's parameters from a Hugging Face directory, one slot in memory at a time. No communication.
+    """Fill this rank's parameters from a Hugging Face directory, or from a training checkpoint, one slot in memory at a
+    time. No communication.
 
     Rows of vocabulary padding become zero. ValueError, before anything is changed, when files, config.json and model
     do not agree.
     """
-    with WeightFiles(directory) as files:
+    with open_weights(directory, family, shape) as files:
         check_tensors(files, family, shape)
         load_named(chunks, family, shape, files)
 
@@ -245,16 +247,23 @@ def write_hf_directory(
 
     `tensors` is what `export_hf` yields, all of `dtype`. Returns the finished writer, for its digests.
     """
+    write_hf_config(directory, family, shape, dtype=dtype, source=source)
+    with TensorWriter(directory / SINGLE_FILE, hf_plan(family, shape, dtype)) as writer:
+        for name, tensor in tensors:
+            writer.write(name, tensor)
+    return writer
+
+
+def write_hf_config(
+    directory: Path, family: Family, shape: ModelShape, *, dtype: torch.dtype, source: str | Path | None = None
+) -> None:
+    """config.json, and `source`'s tokenizer files: all of a Hugging Face directory but its weights."""
     config = family.write_config(shape, dtype=dtype)
     if source is not None:
         copy_tokenizer(Path(source), directory)
         given = read_json(Path(source) / CONFIG_FILE) if (Path(source) / CONFIG_FILE).exists() else {}
         config.update({name: given[name] for name in TOKEN_FIELDS if name in given})
     write_json(directory / CONFIG_FILE, config)
-    with TensorWriter(directory / SINGLE_FILE, hf_plan(family, shape, dtype)) as writer:
-        for name, tensor in tensors:
-            writer.write(name, tensor)
-    return writer
 
 
 def save_hf(

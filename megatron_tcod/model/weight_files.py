@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "manifest.json"
+FIX = f"copy the directory again, or remove {MANIFEST_FILE} if the change was meant"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -225,16 +226,31 @@ def replaced_directory(target: Path) -> Iterator[Path]:
 
     A `target` that exists is set aside until the new one is in place.
     """
-    staging, aside = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    staging = staging_directory(target)
     try:
         yield staging
-        sync_directory(staging)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    publish_directory(staging, target)
+
+
+def staging_directory(target: Path) -> Path:
+    """The hidden sibling that `publish_directory` renames to `target`, made and empty."""
+    staging = staging_name(target)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def staging_name(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp")
+
+
+def publish_directory(staging: Path, target: Path) -> None:
+    """Rename a complete directory to `target`, durably. Its files must be on disk already."""
+    aside = target.with_name(f".{target.name}.old")
+    sync_directory(staging)
     shutil.rmtree(aside, ignore_errors=True)
     if target.exists():
         os.rename(target, aside)
@@ -249,6 +265,12 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
     for name in names:
         write_durably(target / name, (source / name).read_bytes())
     return names
+
+
+def sync_file(path: Path) -> None:
+    """Return once the file's bytes are on disk, whoever wrote them."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def file_sha256(path: Path) -> str:
@@ -267,24 +289,25 @@ def write_manifest(directory: Path, content: Mapping[str, Any], *, known: Mappin
     write_durably(directory / MANIFEST_FILE, _canonical({**content, "files": files}))
 
 
-def verify_manifest(directory: Path) -> dict[str, Any]:
+def verify_manifest(directory: Path, *, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     """The manifest of a directory whose every listed file has its recorded size and hash; ValueError names the first
-    file that has not. Hashes every byte: call it once, on one rank."""
+    file that has not. Hashes every byte; `share` (index, count) takes every count-th file, for ranks that share it."""
     path = directory / MANIFEST_FILE
     manifest = read_json(path)
     files = manifest.get("files")
     if not isinstance(files, dict) or path.read_text(encoding="utf-8") != _canonical(manifest):
-        raise ValueError(f"{path} is damaged: it is not as it was written; copy the directory again")
-    for name, expected in files.items():
+        raise ValueError(f"{path} is damaged: it is not as it was written; {FIX}")
+    index, count = share
+    for name, expected in list(files.items())[index::count]:
         file = directory / name
         if Path(name).name != name or not file.is_file():
-            raise ValueError(f"{file} is missing, but {MANIFEST_FILE} lists it; copy the directory again")
+            raise ValueError(f"{file} is missing, but {MANIFEST_FILE} lists it; {FIX}")
         size = file.stat().st_size
         if size != expected["bytes"]:
-            raise ValueError(f"{file} has {size} bytes, expected {expected['bytes']}; copy the directory again")
+            raise ValueError(f"{file} has {size} bytes, expected {expected['bytes']}; {FIX}")
         found = file_sha256(file)
         if found != expected["sha256"]:
-            raise ValueError(f"{file} has sha256 {found}, expected {expected['sha256']}; copy the directory again")
+            raise ValueError(f"{file} has sha256 {found}, expected {expected['sha256']}; {FIX}")
     return manifest
 
 
