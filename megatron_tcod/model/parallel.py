@@ -1,12 +1,12 @@
-"""The process mesh: tensor x pipeline x data parallel ranks on torch.distributed and Megatron's parallel_state.
+"""The process mesh: tensor, context, pipeline and data parallel ranks on torch.distributed and Megatron's parallel_state.
 
     layout = ParallelLayout(tensor_model_parallel_size=2)
     initialize(layout)            # under torchrun, or alone as a world of one
     ...
     shutdown()
 
-gloo without CUDA, NCCL with it. Bytes travel as tensors (`all_gather_bytes`), never as pickled objects.
-Context parallelism and sequence parallelism are refused, not approximated.
+gloo without CUDA, NCCL with it. Bytes travel as tensors (`all_gather_bytes`), never as pickled objects. What the sizes
+mean for a model is `build.py`, for a microbatch `context.py`.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class ParallelLayout:
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per pipeline rank; None is the plain 1F1B schedule, 2 or more the interleaved one."""
     context_parallel_size: int = 1
+    """Ranks that share the tokens of each packed microbatch; see `context.py`."""
     sequence_parallel: bool = False
+    """Between the layers' matrix products each tensor-parallel rank holds only its part of the tokens."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.context_parallel_size > 1:
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError(
-                f"context_parallel_size {self.context_parallel_size} is not supported yet, expected 1; use tensor or "
-                "pipeline parallelism, or shorter rows"
+                "sequence_parallel cuts tokens over the tensor-parallel ranks and tensor_model_parallel_size is 1; raise "
+                "tensor_model_parallel_size or leave sequence_parallel off"
             )
-        if self.sequence_parallel:
-            raise ValueError("sequence_parallel is not supported yet; leave it off")
         virtual = self.virtual_pipeline_model_parallel_size
         if virtual is not None and (virtual < 2 or self.pipeline_model_parallel_size < 2):
             raise ValueError(
@@ -59,6 +59,11 @@ class ParallelLayout:
     def model_parallel_size(self) -> int:
         """Ranks in one model replica."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def token_multiple(self) -> int:
+        """The tokens of a microbatch are padded to a multiple of this, so that every rank holds an equal part."""
+        return self.context_parallel_size * (self.tensor_model_parallel_size if self.sequence_parallel else 1)
 
 
 def check_world_size(layout: ParallelLayout, world_size: int) -> int:
@@ -155,6 +160,18 @@ def pp_size() -> int:
     return parallel_state.get_pipeline_model_parallel_world_size()
 
 
+def cp_group() -> dist.ProcessGroup:
+    return parallel_state.get_context_parallel_group()
+
+
+def cp_rank() -> int:
+    return parallel_state.get_context_parallel_rank()
+
+
+def cp_size() -> int:
+    return parallel_state.get_context_parallel_world_size()
+
+
 def dp_group() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group()
 
@@ -168,13 +185,18 @@ def dp_size() -> int:
 
 
 def replica_group() -> dist.ProcessGroup:
-    """The tp * pp ranks that hold this rank's copy of the model."""
+    """The tp * pp ranks that together hold one copy of the weights; a replica with cp > 1 is cp such groups."""
     return parallel_state.get_model_parallel_group()
 
 
 def replica_ranks() -> list[int]:
     """Global ranks of `replica_group`."""
     return dist.get_process_group_ranks(replica_group())
+
+
+def is_first_in_replica() -> bool:
+    """Whether this rank answers for its replica: exactly one rank of each does."""
+    return tp_rank() == pp_rank() == cp_rank() == 0
 
 
 def is_first_stage() -> bool:

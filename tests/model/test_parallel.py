@@ -9,8 +9,8 @@ from megatron_tcod.model.parallel import ParallelLayout, check_world_size
     ("sizes", "message"),
     [
         ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size must be at least 1, got 0"),
-        ({"context_parallel_size": 2}, "context_parallel_size 2 is not supported yet"),
-        ({"sequence_parallel": True}, "sequence_parallel is not supported yet"),
+        ({"context_parallel_size": 0}, "context_parallel_size must be at least 1, got 0"),
+        ({"sequence_parallel": True}, "tensor_model_parallel_size is 1; raise"),
         ({"virtual_pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size >= 2, got 1"),
         ({"virtual_pipeline_model_parallel_size": 1, "pipeline_model_parallel_size": 2}, "at least 2 chunks"),
     ],
