@@ -51,18 +51,21 @@ def own_part(microbatch: Microbatch, layout: ParallelLayout) -> Microbatch:
     )
 
 
-def own_span(microbatch: Microbatch, layout: ParallelLayout) -> slice:
-    """The trained positions of a whole microbatch whose hidden states this rank computes; they ascend, so a slice."""
+def own_span(microbatch: Microbatch, layout: ParallelLayout, *, cp_rank: int | None = None) -> slice:
+    """The trained positions of a whole microbatch whose hidden states a rank computes; they ascend, so a slice.
+
+    `cp_rank` None is this rank's."""
     if layout.context_parallel_size == 1:
         return slice(0, len(microbatch.positions))
-    bounds = microbatch.positions.new_tensor(_own_tokens(microbatch.num_tokens, layout))
+    bounds = microbatch.positions.new_tensor(_own_tokens(microbatch.num_tokens, layout, cp_rank))
     start, stop = torch.searchsorted(microbatch.positions, bounds).tolist()
     return slice(start, stop)
 
 
-def _own_tokens(num_tokens: int, layout: ParallelLayout) -> tuple[int, int]:
+def _own_tokens(num_tokens: int, layout: ParallelLayout, cp_rank: int | None = None) -> tuple[int, int]:
+    cp_rank = parallel.cp_rank() if cp_rank is None else cp_rank
     part = -(-num_tokens // layout.token_multiple) * layout.token_multiple // layout.context_parallel_size
-    return parallel.cp_rank() * part, (parallel.cp_rank() + 1) * part
+    return cp_rank * part, (cp_rank + 1) * part
 
 
 def _padded(microbatch: Microbatch, multiple: int) -> Microbatch:

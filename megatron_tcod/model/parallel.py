@@ -2,7 +2,9 @@
 
     layout = ParallelLayout(tensor_model_parallel_size=2)
     initialize(layout)            # under torchrun, or alone as a world of one
-    ...
+    other = build_mesh(ParallelLayout(pipeline_model_parallel_size=2))
+    with other.active():          # the same ranks in other groups, for a model of another layout
+        ...
     shutdown()
 
 gloo without CUDA, NCCL with it. Bytes travel as tensors (`all_gather_bytes`), never as pickled objects. What the sizes
@@ -11,9 +13,13 @@ mean for a model is `build.py`, for a microbatch `context.py`.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,6 +99,11 @@ def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_minutes: flo
     check_world_size(layout, dist.get_world_size())
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+    _build_groups(layout, timeout_minutes)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _build_groups(layout: ParallelLayout, timeout_minutes: float) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
@@ -101,7 +112,45 @@ def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_minutes: flo
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
         create_gloo_process_groups=False,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A second layout over the same ranks, for a model that is cut otherwise; `build_mesh` makes one.
+
+    Megatron knows one set of groups, and so do this file's functions: inside `active()` it is this mesh's.
+    """
+
+    layout: ParallelLayout
+    _state: dict[str, Any]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Build and run the other model in here; the groups of before come back at the end. Not collective."""
+        before = _group_state()
+        vars(parallel_state).update(self._state)
+        try:
+            yield
+        finally:
+            vars(parallel_state).update(before)
+
+
+def build_mesh(layout: ParallelLayout, *, timeout_minutes: float = 10) -> Mesh:
+    """Groups of `layout` beside those of `initialize`, which stay in force. Collective over all ranks."""
+    check_world_size(layout, dist.get_world_size())
+    before = _group_state()
+    parallel_state.destroy_model_parallel()  # forgets the groups, which live on in `before`
+    try:
+        _build_groups(layout, timeout_minutes)
+        return Mesh(layout, _group_state())
+    finally:
+        vars(parallel_state).update(before)
+
+
+def _group_state() -> dict[str, Any]:
+    """Every group, rank and size that parallel_state keeps; its scratch buffer is good for all meshes."""
+    state = {name: value for name, value in vars(parallel_state).items() if re.fullmatch(r"_[A-Z][A-Z_]+", name)}
+    return {name: value for name, value in state.items() if not name.endswith("_BUFFER")}
 
 
 def _join_world(timeout: datetime.timedelta) -> None:

@@ -46,6 +46,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     teacher: tuple[int, int] | None = None
     """tp and pp of the teacher where they differ."""
+    offload: bool = False
 
     @property
     def dp(self) -> int:
@@ -71,12 +72,14 @@ class Case:
         words += ["distributed_optimizer"] if self.distributed_optimizer else []
         words += [str(self.dtype).removeprefix("torch.")] if self.dtype != torch.float32 else []
         words += ["teacher_tp{}_pp{}".format(*self.teacher)] if self.teacher else []
+        words += ["offload"] if self.offload else []
         return "-".join(words)
 
 
 def shapes(is_tied: bool):
     student = tiny_shape(tie_word_embeddings=is_tied, qk_layernorm=True, add_qkv_bias=True)
-    teacher = tiny_shape(num_layers=2, hidden_size=32, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=64)
+    sizes = dict(num_layers=2, hidden_size=32, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=64)
+    teacher = tiny_shape(vocab_size=VOCAB + 23, **sizes)  # padded otherwise, so cut at other tokens
     return student, teacher
 
 
@@ -95,7 +98,11 @@ def run_step(
         dtype=case.dtype,
         recompute=case.recompute,
     )
-    teacher = Teacher(teacher_shape, case.layout, seed=2, dtype=case.dtype)
+    teacher = Teacher(teacher_shape, case.layout, seed=2, dtype=case.dtype, mesh=_teacher_mesh(case))
+    teacher.align_vocabulary(student_shape)
+    if case.offload:
+        teacher.offload()
+        assert not any(parameter.numel() for chunk in teacher.chunks for parameter in chunk.parameters())
     initial = full_tensors(student.chunks, lambda parameter: parameter.data)
     microbatches = [pack_rows([ROWS[index] for index in indices]) for indices in split]
     microbatches = microbatches[parallel.dp_rank() :: parallel.dp_size()]
@@ -116,6 +123,17 @@ def run_step(
     for replica, theirs in everyone:
         assert by_replica.setdefault(replica, theirs) == theirs, "ranks of one replica disagree on per-token figures"
     return tensors, by_replica
+
+
+def _teacher_mesh(case: Case) -> parallel.Mesh | None:
+    if case.teacher is None:
+        return None
+    tp, pp = case.teacher
+    return parallel.build_mesh(ParallelLayout(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        sequence_parallel=case.sequence_parallel and tp > 1,
+    ))
 
 
 def gradient_of(student: Student):
