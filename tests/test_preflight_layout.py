@@ -23,7 +23,7 @@ def refused(argv):
         (["--context-parallel-size", "3"], None, "context_parallel_size = 3 does not share out the student's 2 query and"),
         (["--recompute-granularity", "full"], None, "recompute_granularity full needs recompute_method"),
         (["--recompute-method", "block"], None, "set recompute_granularity full"),
-        (["--recompute-granularity", "half"], None, "Expected one of ('None', 'selective', 'full')"),
+        (["--recompute-granularity", "half"], None, "invalid choice 'half' for argument '--recompute-granularity'"),
         (["--teacher-tensor-model-parallel-size", "8"], None, "teacher num_attention_heads = 4 is not divisible"),
         (["--teacher-pipeline-model-parallel-size", "2"], None, "teacher num_layers = 3 is not divisible by the 2"),
         (

@@ -47,6 +47,8 @@ class Case:
     teacher: tuple[int, int] | None = None
     """tp and pp of the teacher where they differ."""
     offload: bool = False
+    is_rounded: bool = False
+    """fp32 arithmetic on weights rounded to bf16: what a bf16 step is measured against."""
 
     @property
     def dp(self) -> int:
@@ -73,6 +75,7 @@ class Case:
         words += [str(self.dtype).removeprefix("torch.")] if self.dtype != torch.float32 else []
         words += ["teacher_tp{}_pp{}".format(*self.teacher)] if self.teacher else []
         words += ["offload"] if self.offload else []
+        words += ["rounded"] if self.is_rounded else []
         return "-".join(words)
 
 
@@ -103,6 +106,9 @@ def run_step(
     if case.offload:
         teacher.offload()
         assert not any(parameter.numel() for chunk in teacher.chunks for parameter in chunk.parameters())
+    if case.is_rounded:
+        for _, parameter in [*build.named_parameters(student.chunks), *build.named_parameters(teacher.chunks)]:
+            parameter.data.copy_(parameter.data.bfloat16())
     initial = full_tensors(student.chunks, lambda parameter: parameter.data)
     microbatches = [pack_rows([ROWS[index] for index in indices]) for indices in split]
     microbatches = microbatches[parallel.dp_rank() :: parallel.dp_size()]
