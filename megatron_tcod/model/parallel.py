@@ -98,9 +98,17 @@ def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_minutes: flo
         _join_world(timeout)
     check_world_size(layout, dist.get_world_size())
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _close_groups()
     _build_groups(layout, timeout_minutes)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _close_groups() -> None:
+    """Megatron only forgets its groups; gloo keeps threads and sockets for each, NCCL memory."""
+    for group in parallel_state._global_process_group_list or []:
+        if isinstance(group, dist.ProcessGroup):
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def _build_groups(layout: ParallelLayout, timeout_minutes: float) -> None:
@@ -136,15 +144,18 @@ class Mesh:
 
 
 def build_mesh(layout: ParallelLayout, *, timeout_minutes: float = 10) -> Mesh:
-    """Groups of `layout` beside those of `initialize`, which stay in force. Collective over all ranks."""
+    """Groups of `layout` beside those of `initialize`, which stay in force. Collective over all ranks.
+
+    They last until `initialize` is called again or `shutdown`."""
     check_world_size(layout, dist.get_world_size())
-    before = _group_state()
+    before, open_groups = _group_state(), parallel_state._global_process_group_list
     parallel_state.destroy_model_parallel()  # forgets the groups, which live on in `before`
     try:
         _build_groups(layout, timeout_minutes)
         return Mesh(layout, _group_state())
     finally:
         vars(parallel_state).update(before)
+        parallel_state._global_process_group_list = open_groups + (parallel_state._global_process_group_list or [])
 
 
 def _group_state() -> dict[str, Any]:

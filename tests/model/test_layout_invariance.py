@@ -28,32 +28,26 @@ BLOCK = Recompute(granularity="full", method="block", num_layers=1)
 SELECTIVE = Recompute(granularity="selective")
 CASES = [
     Case(world=2),
-    *(Case(world=2, tp=2, is_tied=is_tied) for is_tied in (False, True)),
-    *(Case(world=2, pp=2, is_tied=is_tied) for is_tied in (False, True)),
-    *(Case(world=2, pp=2, virtual=2, is_tied=is_tied) for is_tied in (False, True)),
+    Case(world=2, tp=2, is_tied=True),
+    Case(world=2, pp=2),
+    Case(world=2, pp=2, virtual=2, is_tied=True, recompute=BLOCK),
     Case(world=2, tp=2, sequence_parallel=True),
-    Case(world=2, tp=2, sequence_parallel=True, is_tied=True, recompute=FULL),
     Case(world=2, cp=2),
-    Case(world=2, pp=2, virtual=2, recompute=BLOCK),
     Case(world=2, recompute=SELECTIVE, distributed_optimizer=True),
     Case(world=2, tp=2, teacher=(1, 1)),
     Case(world=2, teacher=(1, 2), offload=True),
     Case(world=2, pp=2, virtual=2, teacher=(2, 1)),
     Case(world=4),  # three microbatches: one replica has none
-    Case(world=4, tp=2),
-    *(Case(world=4, tp=4, is_tied=is_tied) for is_tied in (False, True)),  # more ranks than key-value heads
-    Case(world=4, pp=2),
-    *(Case(world=4, tp=2, pp=2, is_tied=is_tied) for is_tied in (False, True)),
-    *(Case(world=4, tp=2, pp=2, virtual=2, is_tied=is_tied) for is_tied in (False, True)),
-    Case(world=4, tp=2, pp=2, virtual=2, sequence_parallel=True, is_tied=True),
-    Case(world=4, tp=4, sequence_parallel=True),
+    Case(world=4, tp=4),  # more ranks than key-value heads
+    Case(world=4, tp=4, sequence_parallel=True, is_tied=True),
     Case(world=4, cp=4),  # more ranks than key-value heads
+    Case(world=4, tp=2, pp=2, is_tied=True),
+    Case(world=4, tp=2, pp=2, virtual=2, sequence_parallel=True, is_tied=True, recompute=FULL),
     Case(world=4, tp=2, cp=2, sequence_parallel=True, recompute=SELECTIVE),
-    Case(world=4, pp=2, cp=2, is_tied=True, recompute=FULL, distributed_optimizer=True),
+    Case(world=4, pp=2, cp=2, is_tied=True, distributed_optimizer=True),
     Case(world=4, tp=2, is_tied=True, distributed_optimizer=True),
     Case(world=4, tp=2, pp=2, sequence_parallel=True, teacher=(4, 1), offload=True),
     Case(world=4, tp=2, cp=2, teacher=(1, 2)),
-    Case(world=4, pp=2, teacher=(2, 1)),
 ]
 
 

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from gloo_world import run_ranks
 
@@ -64,6 +66,13 @@ def _check_mesh() -> None:
     mine = b"from the last stage" if parallel.is_last_stage() else None
     assert parallel.broadcast_bytes(mine, source=source, group=group) == b"from the last stage"
     assert parallel.broadcast_bytes(b"", source=source, group=group) == b""
+
+    threads = []
+    for _ in range(3):
+        parallel.initialize(layout)
+        parallel.build_mesh(ParallelLayout(pipeline_model_parallel_size=2))
+        threads.append(len(os.listdir("/proc/self/task")))
+    assert threads[0] == threads[2], f"groups of earlier layouts keep their threads: {threads}"
     parallel.shutdown()
 
 
