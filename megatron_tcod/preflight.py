@@ -28,7 +28,7 @@ from megatron_tcod.assembly import (
 )
 from megatron_tcod.config import SGLANG, Config
 from megatron_tcod.envs import check_env_options, load_env
-from megatron_tcod.model.build import ModelShape
+from megatron_tcod.model.build import ModelShape, check_recompute
 from megatron_tcod.model.families.family import Family
 from megatron_tcod.model.mapping import check_tensors, read_hf_config
 from megatron_tcod.model.parallel import ParallelLayout, check_world_size
@@ -44,12 +44,13 @@ def preflight(config: Config, *, world_size: int | None) -> list[str]:
     teacher_layout = teacher_layout_of(config.parallel)
     if teacher_layout is not None and world_size is not None:
         check_teacher_world_size(teacher_layout, world_size)
-    recompute_of(config.parallel)
+    recompute = recompute_of(config.parallel)
     family, shape = read_model("student", config.model.student)
     if config.model.init == "load":
         check_weights(config.model.student, family, shape)
     lines = [f"student {family.model_type}: {describe(shape)}"]
     check_layout("student", shape, layout)
+    check_recompute(shape, layout, recompute)
     check_context("student", config, shape)
     tokenizer = tokenizer_of(config, config.model.student)
     check_vocabulary("student", shape, tokenizer)
@@ -89,6 +90,9 @@ def preflight(config: Config, *, world_size: int | None) -> list[str]:
     if teacher_layout is not None:
         tp, pp = teacher_layout.tensor_model_parallel_size, teacher_layout.pipeline_model_parallel_size
         lines.append(f"teacher's layout: tp {tp}, pp {pp}")
+    if config.parallel.teacher_offload:
+        cost = "" if torch.cuda.is_available() else "; without CUDA they are there anyway and nothing is copied"
+        lines.append(f"teacher's weights: in host memory but while it scores{cost}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = backends.choose(config.objective.divergence_backend, device=device, dtype=dtype_of(config))
     lines.append(f"divergence: {backend.name} on {device}")

@@ -22,6 +22,11 @@ def refused(argv):
         (["--sequence-parallel"], None, "sequence_parallel cuts tokens over the tensor-parallel ranks"),
         (["--context-parallel-size", "3"], None, "context_parallel_size = 3 does not share out the student's 2 query and"),
         (["--recompute-granularity", "full"], None, "recompute_granularity full needs recompute_method"),
+        (
+            ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "3"],
+            None,
+            "recompute_num_layers 3 with recompute_method uniform does not divide the 2 layers of a model chunk",
+        ),
         (["--recompute-method", "block"], None, "set recompute_granularity full"),
         (["--recompute-granularity", "half"], None, "invalid choice 'half' for argument '--recompute-granularity'"),
         (["--teacher-tensor-model-parallel-size", "8"], None, "teacher num_attention_heads = 4 is not divisible"),
@@ -50,10 +55,11 @@ def test_settings_of_a_local_teacher_with_one_behind_a_server(run_flags, flag):
 
 def test_layouts_of_student_and_teacher_are_described(run_flags, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "6")
-    flags = ["--context-parallel-size", "2", "--teacher-pipeline-model-parallel-size", "3", "--bf16"]
+    flags = ["--context-parallel-size", "2", "--teacher-pipeline-model-parallel-size", "3", "--bf16", "--teacher-offload"]
     assert main([*run_flags, *flags, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "layout: tp 1, pp 1, cp 2, dp 3" in out and "teacher's layout: tp 1, pp 3" in out
+    assert "teacher's weights: in host memory but while it scores" in out
 
 
 def test_bf16_run_with_an_offloaded_teacher_and_recomputed_layers_trains_and_saves_bf16(

@@ -130,6 +130,17 @@ def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
         )
 
 
+def check_recompute(shape: ModelShape, layout: ParallelLayout, recompute: Recompute) -> None:
+    """ValueError when the units of `uniform` do not fill a model chunk; Megatron would run past its last layer."""
+    num_chunks = layout.pipeline_model_parallel_size * (layout.virtual_pipeline_model_parallel_size or 1)
+    held = shape.num_layers // num_chunks
+    if recompute.method == "uniform" and recompute.num_layers and held % recompute.num_layers:
+        raise ValueError(
+            f"recompute_num_layers {recompute.num_layers} with recompute_method uniform does not divide the {held} layers "
+            "of a model chunk; choose a divisor, 1 keeps least"
+        )
+
+
 def transformer_config(
     shape: ModelShape, layout: ParallelLayout, *, dtype: torch.dtype, recompute: Recompute | None = None
 ) -> TransformerConfig:
@@ -211,6 +222,7 @@ def build_model(
     ValueError when the layout does not divide the shape.
     """
     check_layout(shape, layout)
+    check_recompute(shape, layout, recompute or Recompute())
     config = transformer_config(shape, layout, dtype=dtype, recompute=recompute)
     num_chunks = layout.virtual_pipeline_model_parallel_size or 1
     stages = [None] if num_chunks == 1 else list(range(num_chunks))
