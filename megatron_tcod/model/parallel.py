@@ -258,6 +258,11 @@ def dp_size() -> int:
     return parallel_state.get_data_parallel_world_size()
 
 
+def dp_cp_group() -> dist.ProcessGroup:
+    """The ranks that hold the same weights: data-parallel replicas and, in them, the parts of a context."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
 def replica_group() -> dist.ProcessGroup:
     """The tp * pp ranks that together hold one copy of the weights; a replica with cp > 1 is cp such groups."""
     return parallel_state.get_model_parallel_group()

@@ -88,7 +88,7 @@ def plan_sharded(directory: Path, tensors: dict[str, Any], *, copy: bool) -> Cal
 
     With `copy` the call works on copies in host memory, taken now. `directory` exists and is empty of shards.
     """
-    writer = FullyParallelSaveStrategyWrapper(_Writer(copy=copy), parallel.dp_group())
+    writer = FullyParallelSaveStrategyWrapper(_Writer(copy=copy), parallel.dp_cp_group())
     request = dist_checkpointing.save(tensors, str(directory), writer, async_sharded_save=True)
     # The request's finalize_fns hold a barrier of the default group and metadata.json: `_write` does the one, its
     # collectives the other, so that all of it can run in a thread.

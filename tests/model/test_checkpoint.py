@@ -35,6 +35,7 @@ LAYOUTS = {
     "pp2": ParallelLayout(pipeline_model_parallel_size=2),
     "tp4": ParallelLayout(tensor_model_parallel_size=4),
     "tp2_pp2": ParallelLayout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+    "pp2_cp2": ParallelLayout(pipeline_model_parallel_size=2, context_parallel_size=2),
     "pp2_vpp2": ParallelLayout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
 }
 RESUMES = [("tp2", "tp2"), ("tp2_pp2", "tp2_pp2"), ("tp2_pp2", "dp"), ("tp2", "pp2_vpp2"), ("pp2", "tp4")]
@@ -137,7 +138,7 @@ def resume_worker(root):
 def check_chain(root):
     """One checkpoint goes from layout to layout, saved again in each: not a bit of weights and moments changes."""
     digests = set()
-    for number, layout in enumerate(("tp2", "pp2", "dp", "tp2_pp2")):
+    for number, layout in enumerate(("tp2", "pp2_cp2", "pp2", "dp", "tp2_pp2")):
         parallel.initialize(LAYOUTS[layout])
         student = new_student(LAYOUTS[layout], seed=number)
         if number == 0:

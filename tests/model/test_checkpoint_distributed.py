@@ -12,7 +12,12 @@ from megatron_tcod.model import parallel
 from megatron_tcod.model.student import Student
 
 DISTRIBUTED = dataclasses.replace(SETTINGS, use_distributed_optimizer=True)
-PATHS = [("dp", True, "dp", True), ("tp2", True, "pp2", False), ("pp2", False, "tp2", True), ("dp", True, "tp2_pp2", True)]
+PATHS = [
+    ("dp", True, "dp", True),
+    ("pp2_cp2", True, "tp2", False),
+    ("pp2", False, "pp2_cp2", True),
+    ("dp", True, "tp2_pp2", True),
+]
 
 
 def student_of(layout, is_distributed, *, seed=1, dtype=torch.float32):
