@@ -223,7 +223,7 @@ def _places(stages: list[list[WeightFiles]], family: Family, shape: ModelShape) 
 def _join(slot: Slot, places: Places, shape: ModelShape) -> list[torch.Tensor]:
     """The full Hugging Face tensors of one slot; ranks that must hold the same numbers are compared."""
     shards, *copies = [[files[name] for files in ranks] for ranks, name in places]
-    same = [] if LAYOUTS[slot.kind].is_cut else [(shards[0], shard) for shard in shards]
+    same = [(shards[0], shard) for shard in shards] if LAYOUTS[slot.kind].dim is None else []
     same += [pair for copy in copies for pair in zip(shards, copy, strict=True)]
     if not all(torch.equal(one, other) for one, other in same):
         raise ValueError(f"{slot.megatron} differs between ranks that must agree on it; convert or save again")

@@ -220,7 +220,7 @@ def _from_stage(part: Tensor | None, owner: int, size: tuple[int, ...], dtype: t
 
 
 def _all_shards(part: Tensor, slot: Slot) -> list[Tensor]:
-    if parallel.tp_size() == 1 or not LAYOUTS[slot.kind].is_cut:
+    if parallel.tp_size() == 1 or LAYOUTS[slot.kind].dim is None:
         return [part]
     shards = [torch.empty_like(part) for _ in range(parallel.tp_size())]
     dist.all_gather(shards, part.contiguous(), group=parallel.tp_group())
