@@ -230,7 +230,9 @@ def test_logits_equal_transformers_and_round_trips_keep_every_bit_in_all_layouts
         (source / "tokenizer.json").write_bytes(b"any bytes")
         for tp, pp, vpp in layouts_of(name):
             if vpp is None:
-                convert_checkpoint.hf_to_megatron(source, tmp_path / f"{name}_tp{tp}_pp{pp}", tp_size=tp, pp_size=pp)
+                convert_checkpoint.hf_to_megatron(
+                    source, tmp_path / f"{name}_tp{tp}_pp{pp}", convert_checkpoint.RankGrid(tp=tp, pp=pp)
+                )
     run_ranks(4, all_layouts_worker, tmp_path)
     errors = [float(path.read_text()) for path in tmp_path.glob("*.error")]
     assert len(errors) == 4 * sum(len(layouts_of(name)) for name in MODELS)
