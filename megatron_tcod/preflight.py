@@ -19,6 +19,7 @@ from megatron_tcod.assembly import curriculum_of, layout_of, load_demonstrations
 from megatron_tcod.config import Config
 from megatron_tcod.envs import check_env_options, load_env
 from megatron_tcod.model.build import ModelShape
+from megatron_tcod.model.experts import check_experts, check_trainable
 from megatron_tcod.model.families.family import Family
 from megatron_tcod.model.mapping import check_tensors, read_hf_config
 from megatron_tcod.model.parallel import ParallelLayout, check_world_size
@@ -114,6 +115,9 @@ def check_layout(role: str, shape: ModelShape, layout: ParallelLayout) -> None:
                 f"{role} {field} = {getattr(shape, field)} is not divisible by tensor_model_parallel_size = {tp}; "
                 f"choose a tensor_model_parallel_size that divides it"
             )
+    check_experts(shape, layout)
+    if role == "student":
+        check_trainable(shape, layout)
     chunks = layout.pipeline_model_parallel_size * (layout.virtual_pipeline_model_parallel_size or 1)
     if role == "teacher":
         chunks = layout.pipeline_model_parallel_size

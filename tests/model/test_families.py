@@ -209,6 +209,8 @@ def test_a_window_that_holds_every_position_is_full_attention_and_a_smaller_one_
     assert family.read_config(old_config("mistral", sliding_window=512)) == full
     with pytest.raises(ValueError, match="sliding_window 511, max_position_embeddings 512.*lower max_position_embeddings"):
         family.read_config(old_config("mistral", sliding_window=511))
+    with pytest.raises(ValueError, match="sliding_window 511"):  # transformers' Mistral knows no such switch
+        family.read_config(old_config("mistral", sliding_window=511, use_sliding_window=False))
     assert family.write_config(full, dtype=torch.float32)["sliding_window"] is None
 
 

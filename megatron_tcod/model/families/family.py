@@ -114,6 +114,8 @@ class Family:
     """Config fields written out without being read, where absent would mean something else."""
     expert_fields: Mapping[str, str] = field(default_factory=dict)
     """ExpertShape field -> config.json field; empty for a dense family."""
+    has_window_switch: bool = True
+    """Whether `use_sliding_window` decides about `sliding_window`, which counts whenever it is set otherwise."""
     head_dim_default: int | None = None
     """`head_dim` where config.json has none; None means hidden_size / num_attention_heads."""
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
@@ -197,7 +199,7 @@ class Family:
         activation = config.get("hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise ValueError(f"config.json: hidden_act {activation!r}, expected 'silu'; use a SwiGLU model")
-        _refuse_sliding_window(config)
+        _refuse_sliding_window(config, has_switch=self.has_window_switch)
         for name, value in self.required.items():
             if config.get(name, value) != value:
                 raise ValueError(
@@ -216,14 +218,14 @@ def _layer_slots(rules: list[Rule], layer: int, shape: ModelShape) -> list[Slot]
     return slots
 
 
-def _refuse_sliding_window(config: Mapping[str, Any]) -> None:
+def _refuse_sliding_window(config: Mapping[str, Any], *, has_switch: bool) -> None:
     """A window that holds every position the model knows is full attention; rows beyond those are refused elsewhere."""
     layer_types = set(config.get("layer_types") or ["full_attention"])
     window, longest = config.get("sliding_window"), config.get("max_position_embeddings")
     if isinstance(window, int) and isinstance(longest, int) and window >= longest:
         layer_types.discard("sliding_attention")
         window = None
-    is_on = config.get("use_sliding_window", window is not None) and window is not None
+    is_on = window is not None and (not has_switch or config.get("use_sliding_window", True))
     if is_on or layer_types - {"full_attention"}:
         raise ValueError(
             f"config.json: use_sliding_window {config.get('use_sliding_window')!r}, sliding_window "

@@ -13,4 +13,5 @@ MISTRAL = Family(
     architecture="MistralForCausalLM",
     rules=DENSE_DECODER,
     written={"sliding_window": None},
+    has_window_switch=False,
 )
