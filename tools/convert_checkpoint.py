@@ -12,6 +12,8 @@ expert-parallel rank, as in Megatron's own `named_parameters`; experts are cut o
 manifest.json with a sha256 of every file and every tensor. The inverse checks all of them. Hugging Face directories are
 written in parts of at most `--max-part-gb`. Training checkpoints become plain directories for transformers and SGLang.
 
+With --bridge, NVIDIA's megatron-bridge does the work for architectures that have no family here (bridge_conversion.py).
+
 One process, the tensors of one parameter in memory at a time, any sizes; no process groups. Exit code 0, or 2 with one
 line that says what to correct. It does not know interleaved pipelines: load the Hugging Face directory at start instead.
 """
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bridge_conversion import export_with_bridge, import_with_bridge
 
 from megatron_tcod.model.build import ModelShape, check_layout
 from megatron_tcod.model.families.family import EMBEDDING, HEAD, Family
@@ -337,12 +340,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="a directory that does not exist yet")
     for name in SIZES.values():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="default: 1, or what the manifest says")
+    parser.add_argument("--bridge", action="store_true", help="convert with megatron-bridge, the extra `bridge`")
+    parser.add_argument("--hf-model", type=Path, help="with --bridge megatron-to-hf: the directory converted from")
     parser.add_argument("--max-part-gb", type=float, default=5.0, help="of one file of a Hugging Face output; default 5")
     return parser.parse_args(arguments)
 
 
-def convert(options: argparse.Namespace) -> int:
-    """Run one conversion; returns the number of tensors written. ValueError when input, sizes or output are unfit."""
+def convert(options: argparse.Namespace) -> str:
+    """Run one conversion; returns what was written. ValueError when input, sizes or output are unfit."""
     if not options.input.is_dir():
         raise ValueError(f"--input {options.input} is not a directory; pass the directory that holds config.json")
     if options.output.exists():
@@ -350,23 +355,40 @@ def convert(options: argparse.Namespace) -> int:
     if options.max_part_gb <= 0:
         raise ValueError(f"--max-part-gb {options.max_part_gb} must be > 0")
     given = {size: getattr(options, name) for size, name in SIZES.items()}
+    if options.bridge:
+        return _convert_with_bridge(options, given)
     max_part_bytes = int(options.max_part_gb * 10**9)
     if options.direction == "hf-to-megatron":
         grid = RankGrid(**{size: 1 if value is None else value for size, value in given.items()})
-        return hf_to_megatron(options.input, options.output, grid)
-    if options.direction == "megatron-to-hf":
-        return megatron_to_hf(options.input, options.output, given, max_part_bytes=max_part_bytes)
-    return checkpoint_to_hf(options.input, options.output, max_part_bytes=max_part_bytes)
+        num_tensors = hf_to_megatron(options.input, options.output, grid)
+    elif options.direction == "megatron-to-hf":
+        num_tensors = megatron_to_hf(options.input, options.output, given, max_part_bytes=max_part_bytes)
+    else:
+        num_tensors = checkpoint_to_hf(options.input, options.output, max_part_bytes=max_part_bytes)
+    return f"{num_tensors} tensors, manifest.json with a sha256 for each"
+
+
+def _convert_with_bridge(options: argparse.Namespace, given: Mapping[str, int | None]) -> str:
+    sizes = [f"--{SIZES[size].replace('_', '-')}" for size, value in given.items() if value not in (None, 1)]
+    if sizes:
+        raise ValueError(f"{sizes[0]} has no meaning with --bridge, whose checkpoints fit every layout; leave it out")
+    if options.direction == "hf-to-megatron":
+        import_with_bridge(options.input, options.output)
+    elif options.direction == "megatron-to-hf" and options.hf_model is not None:
+        export_with_bridge(options.input, options.output, hf_model=options.hf_model)
+    else:
+        raise ValueError("--bridge converts hf-to-megatron, and megatron-to-hf given --hf-model; correct the options")
+    return "written by megatron-bridge"
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
-        num_tensors = convert(options)
+        written = convert(options)
     except (ValueError, OSError) as error:
         print(f"convert_checkpoint: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"{options.output}: {num_tensors} tensors, manifest.json with a sha256 for each")
+    print(f"{options.output}: {written}")
     return 0
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from hashlib import sha256
 from pathlib import Path
 
@@ -402,6 +403,63 @@ def test_sizes_other_than_the_manifest_says_are_refused(tmp_path, capsys, good_s
 def test_a_hugging_face_directory_is_no_input_for_the_inverse(tmp_path, capsys, good_shards):
     run("megatron-to-hf", good_shards, tmp_path / "hf")
     assert "format 'hf'" in refused(capsys, "megatron-to-hf", tmp_path / "hf", tmp_path / "out")
+
+
+class StandInBridge:
+    """megatron-bridge's two calls, which note what they were given."""
+
+    calls: list = []
+
+    @classmethod
+    def import_ckpt(cls, **arguments):
+        cls.calls.append(("import", arguments))
+        Path(arguments["megatron_path"]).mkdir()
+        if "broken" in arguments["hf_model_id"]:
+            raise OSError("half a checkpoint")
+
+    @classmethod
+    def from_hf_pretrained(cls, path, **arguments):
+        cls.calls.append(("model", {"path": path, **arguments}))
+        return cls()
+
+    def export_ckpt(self, **arguments):
+        self.calls.append(("export", arguments))
+        Path(arguments["hf_path"]).mkdir()
+
+
+def bridge(direction, source, target, *more):
+    arguments = ["--bridge", "--direction", direction, "--input", str(source), "--output", str(target), *more]
+    return convert_checkpoint.main(arguments)
+
+
+def test_bridge_calls_megatron_bridge_without_remote_code_and_leaves_nothing_of_a_failure(tmp_path, capsys, monkeypatch):
+    stand_in = types.ModuleType("megatron.bridge")
+    stand_in.AutoBridge = StandInBridge
+    monkeypatch.setitem(sys.modules, "megatron.bridge", stand_in)
+    monkeypatch.setattr(StandInBridge, "calls", [])
+    hf, broken = tmp_path / "gemma", tmp_path / "broken"
+    hf.mkdir()
+    broken.mkdir()
+    assert bridge("hf-to-megatron", hf, tmp_path / "megatron") == 0
+    assert bridge("megatron-to-hf", tmp_path / "megatron", tmp_path / "again", "--hf-model", str(hf)) == 0
+    assert StandInBridge.calls == [
+        ("import", {"hf_model_id": str(hf), "megatron_path": str(tmp_path / "megatron"), "trust_remote_code": False}),
+        ("model", {"path": str(hf), "trust_remote_code": False}),
+        ("export", {"megatron_path": str(tmp_path / "megatron"), "hf_path": str(tmp_path / "again")}),
+    ]
+    assert bridge("hf-to-megatron", broken, tmp_path / "other") == 2 and not (tmp_path / "other").exists()
+    capsys.readouterr()
+    assert bridge("megatron-to-hf", tmp_path / "megatron", tmp_path / "other") == 2
+    assert bridge("hf-to-megatron", hf, tmp_path / "other", "--tensor-model-parallel-size", "2") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "--hf-model" in lines[0] and "--tensor-model-parallel-size has no meaning" in lines[1]
+
+
+def test_bridge_says_what_to_install_where_it_cannot_be_imported(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "megatron.bridge", None)  # importing it fails
+    assert bridge("hf-to-megatron", tmp_path, tmp_path / "out") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "pip install 'megatron_tcod[bridge]'" in lines[0]
 
 
 def test_the_command_line_refuses_an_existing_output_without_a_traceback(tmp_path):

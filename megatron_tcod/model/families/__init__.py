@@ -31,7 +31,8 @@ def find_family(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise ValueError(
             f"model_type {model_type!r} has no family here, expected one of {sorted(FAMILIES)}; "
-            "use such a checkpoint, or add a file under model/families and a line to FAMILIES"
+            "use such a checkpoint, or add a file under model/families and a line to FAMILIES (to convert only: "
+            "tools/convert_checkpoint.py --bridge)"
         )
     module, attribute = FAMILIES[model_type].split(":")
     return getattr(importlib.import_module(module), attribute)
