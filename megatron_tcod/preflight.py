@@ -28,10 +28,12 @@ from megatron_tcod.assembly import (
 )
 from megatron_tcod.config import SGLANG, Config
 from megatron_tcod.envs import check_env_options, load_env
-from megatron_tcod.model.build import ModelShape, check_recompute
+from megatron_tcod.model.build import check_recompute
+from megatron_tcod.model.experts import check_experts, check_trainable
 from megatron_tcod.model.families.family import Family
 from megatron_tcod.model.mapping import check_tensors, read_hf_config
 from megatron_tcod.model.parallel import ParallelLayout, check_world_size
+from megatron_tcod.model.shape import ModelShape
 from megatron_tcod.model.sharded_files import open_weights
 from megatron_tcod.ops import backends
 from megatron_tcod.rollout.chat import TurnTokenizer, check_same_tokenizer
@@ -137,6 +139,9 @@ def check_layout(role: str, shape: ModelShape, layout: ParallelLayout) -> None:
                 f"{role} {field} = {getattr(shape, field)} is not divisible by tensor_model_parallel_size = {tp}; "
                 f"choose a tensor_model_parallel_size that divides it"
             )
+    check_experts(shape, layout)
+    if role == "student":
+        check_trainable(shape, layout)
     chunks = layout.pipeline_model_parallel_size * (layout.virtual_pipeline_model_parallel_size or 1)
     if role == "teacher":
         chunks = layout.pipeline_model_parallel_size

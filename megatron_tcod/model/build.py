@@ -1,12 +1,12 @@
-"""Dense decoder models as megatron-core GPTModel chunks.
+"""Decoder models, dense or with a mixture of experts, as megatron-core GPTModel chunks.
 
     chunks = build_model(shape, layout, dtype=torch.float32, seed=0, wrap_ddp=True)   # this rank's chunks
     hidden = forward_hidden(chunks[-1], microbatch)                                   # [T, H] on the last stage
     head = output_head(chunks)                                                        # [V_padded/tp, H]
 
-A `ModelShape` says all that matters about an architecture without naming Megatron: RMSNorm, RoPE, grouped-query
-attention, SwiGLU, no dropout. Weights are drawn per parameter name, so one seed gives one model in every layout.
-RoPE scaling, sliding windows, mixtures of experts and Transformer Engine layers are not built here.
+A `ModelShape` says all that matters about an architecture without naming Megatron. Weights are drawn per parameter
+name, so one seed gives one model in every layout. Experts run one after the other (Megatron's SequentialMLP), every
+rank holding its tensor-parallel part of all of them. Sliding windows and Transformer Engine layers are not built here.
 """
 
 from __future__ import annotations
@@ -27,45 +27,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_tcod.model import cpu, parallel
+from megatron_tcod.model.experts import check_experts, check_trainable, expert_mlp, expert_options
+from megatron_tcod.model.families import kind_of
+from megatron_tcod.model.families.rules import LAYOUTS
 from megatron_tcod.model.layers import HiddenOutput, PackedAttention, PackedRows, RMSNorm, SwiGLU
 from megatron_tcod.model.parallel import ParallelLayout
+from megatron_tcod.model.shape import ModelShape, padded_vocab_size
 from megatron_tcod.trajectory import Microbatch
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """Architecture facts of a dense decoder.
-
-    Example: `ModelShape(num_layers=4, hidden_size=128, ffn_hidden_size=384, num_attention_heads=4, num_query_groups=2,
-    kv_channels=32, vocab_size=507)`
-    """
-
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    """Key-value heads."""
-    kv_channels: int
-    """Channels of one head."""
-    vocab_size: int
-    """Real entries, without padding."""
-    rotary_base: float = 10_000.0
-    layernorm_epsilon: float = 1e-6
-    tie_word_embeddings: bool = False
-    qk_layernorm: bool = False
-    add_qkv_bias: bool = False
-    max_position_embeddings: int = 32_768
-    init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        if self.num_attention_heads % self.num_query_groups:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
-                f"{self.num_query_groups}; every key-value head serves the same number of query heads"
-            )
-        if self.kv_channels % 2:
-            raise ValueError(f"kv_channels {self.kv_channels} must be even: RoPE rotates pairs of channels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +65,6 @@ class Recompute:
             )
 
 
-def padded_vocab_size(vocab_size: int, tp: int, divisible_by: int = 128) -> int:
-    """The smallest multiple of `divisible_by * tp` that holds the vocabulary."""
-    unit = divisible_by * tp
-    return (vocab_size + unit - 1) // unit * unit
-
-
 def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
     """ValueError when the model cannot be cut this way, naming the size at fault."""
     tp = layout.tensor_model_parallel_size
@@ -111,6 +73,7 @@ def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
             raise ValueError(
                 f"tensor_model_parallel_size {tp} does not divide {name} {getattr(shape, name)}; choose a divisor"
             )
+    check_experts(shape, layout)
     groups = shape.num_query_groups
     if groups % tp and tp % groups:
         raise ValueError(
@@ -180,6 +143,7 @@ def transformer_config(
         recompute_num_layers=recompute.num_layers,
         variable_seq_lengths=True,  # microbatches differ in T; the config check ties it to the alltoall dispatcher
         moe_token_dispatcher_type="alltoall",
+        **expert_options(shape),
         overlap_p2p_comm=interleaved,  # interleaving without it receives wrong tensors in silence
         batch_p2p_comm=not interleaved,
         calculate_per_token_loss=True,  # loss_weight already normalises: no division by data-parallel size
@@ -192,14 +156,16 @@ def transformer_config(
 
 def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Megatron's local layer with our norm, attention and activation in it, for the layers of this chunk."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    parts.mlp.submodules.activation_func = SwiGLU
+    expert_mlp(parts.mlp).submodules.activation_func = SwiGLU
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
@@ -223,6 +189,8 @@ def build_model(
     """
     check_layout(shape, layout)
     check_recompute(shape, layout, recompute or Recompute())
+    if wrap_ddp:
+        check_trainable(shape, layout)
     config = transformer_config(shape, layout, dtype=dtype, recompute=recompute)
     num_chunks = layout.virtual_pipeline_model_parallel_size or 1
     stages = [None] if num_chunks == 1 else list(range(num_chunks))
@@ -284,62 +252,15 @@ def named_parameters(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch
             yield ".".join(parts), parameter
 
 
-SHARDING = {
-    "embedding.word_embeddings.weight": "vocab",
-    "output_layer.weight": "vocab",
-    "self_attention.linear_qkv.weight": "column",
-    "self_attention.linear_qkv.bias": "column",
-    "self_attention.linear_proj.weight": "row",
-    "mlp.linear_fc1.weight": "gate_up",
-    "mlp.linear_fc2.weight": "row",
-    "layernorm.weight": "replicated",
-}
-"""End of a parameter's name -> how tensor parallelism cuts it. vocab, column: dim 0; row: dim 1; gate_up: dim 0 of the
-gate half and of the up half, each on its own, stacked again on every rank."""
-
-
-def sharding(name: str) -> str:
-    """The entry of `SHARDING` for a parameter's name."""
-    for end, kind in SHARDING.items():
-        if name.endswith(end):
-            return kind
-    raise AssertionError(f"no sharding rule for parameter {name}")
-
-
-def shard(full: Tensor, kind: str, *, tp_rank: int, tp_size: int) -> Tensor:
-    """Rank `tp_rank`'s part of a full tensor cut as `kind`; a vocabulary must be padded already."""
-    if kind == "replicated":
-        return full
-    if kind == "row":
-        return full.chunk(tp_size, 1)[tp_rank]
-    if kind == "gate_up":
-        gate, up = full.chunk(2, 0)
-        return torch.cat([gate.chunk(tp_size, 0)[tp_rank], up.chunk(tp_size, 0)[tp_rank]])
-    return full.chunk(tp_size, 0)[tp_rank]
-
-
-def unshard(shards: list[Tensor], kind: str) -> Tensor:
-    """The inverse of `shard`, given every rank's part in rank order."""
-    if kind == "replicated":
-        return shards[0]
-    if kind == "row":
-        return torch.cat(shards, 1)
-    if kind == "gate_up":
-        halves = [part.chunk(2, 0) for part in shards]
-        return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
-    return torch.cat(shards, 0)
-
-
 def mark_parameters(chunks: list[torch.nn.Module]) -> None:
     """Set what Megatron's own initialisation would: which parameters are cut, so that the norm counts each once."""
     for name, parameter in named_parameters(chunks):
-        kind = sharding(name)
-        if kind != "replicated":
-            stride = 2 if kind == "gate_up" else 1
+        layout = LAYOUTS[kind_of(name)]
+        if layout.dim is not None:
             for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride"):
                 if hasattr(parameter, attribute):
                     delattr(parameter, attribute)
-            set_tensor_model_parallel_attributes(parameter, True, 1 if kind == "row" else 0, stride)
+            set_tensor_model_parallel_attributes(parameter, True, layout.dim, layout.stride)
 
 
 def initialize_weights(chunks: list[torch.nn.Module], shape: ModelShape, *, seed: int) -> None:
@@ -349,17 +270,17 @@ def initialize_weights(chunks: list[torch.nn.Module], shape: ModelShape, *, seed
     and vocabulary padding zero.
     """
     for name, parameter in named_parameters(chunks):
-        kind = sharding(name)
+        kind = kind_of(name)
         full = _draw(name, kind, parameter, shape, seed=seed)
-        part = shard(full, kind, tp_rank=parallel.tp_rank(), tp_size=parallel.tp_size())
+        part = LAYOUTS[kind].cut(full, tp_size=parallel.tp_size(), tp_rank=parallel.tp_rank())
         parameter.data.copy_(part)
 
 
 def _draw(name: str, kind: str, parameter: Tensor, shape: ModelShape, *, seed: int) -> Tensor:
     """The full fp32 tensor of one parameter, vocabulary padding included."""
     sizes = list(parameter.shape)
-    if kind != "replicated":
-        sizes[1 if kind == "row" else 0] *= parallel.tp_size()
+    if LAYOUTS[kind].dim is not None:
+        sizes[LAYOUTS[kind].dim] *= parallel.tp_size()
     if name.endswith("layernorm.weight"):
         return torch.ones(sizes)
     if name.endswith(".bias"):
@@ -384,7 +305,11 @@ def packed_rows(chunk: torch.nn.Module, cu_seqlens: Tensor) -> PackedRows:
     model: Any = unwrap(chunk)
     shape: ModelShape = model.shape
     rows = PackedRows.build(
-        cu_seqlens, head_dim=shape.kv_channels, rotary_base=shape.rotary_base, dtype=model.config.params_dtype
+        cu_seqlens,
+        head_dim=shape.kv_channels,
+        rotary_base=shape.rotary_base,
+        rope_scaling=shape.rope_scaling,
+        dtype=model.config.params_dtype,
     )
     if rows.max_seqlen_q > shape.max_position_embeddings:
         raise ValueError(

@@ -34,7 +34,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.nn import Module
 
 from megatron_tcod.model import parallel
-from megatron_tcod.model.build import ModelShape, named_parameters, unwrap
+from megatron_tcod.model.build import named_parameters, unwrap
 from megatron_tcod.model.families.family import Family
 from megatron_tcod.model.mapping import (
     CONFIG_FILE,
@@ -46,6 +46,7 @@ from megatron_tcod.model.mapping import (
 )
 from megatron_tcod.model.optimizer_state import OptimizerState, optimizer_state
 from megatron_tcod.model.rng_state import rng_state, set_rng_state
+from megatron_tcod.model.shape import ModelShape
 from megatron_tcod.model.sharded_files import plan_sharded, read_sharded
 from megatron_tcod.model.weight_files import (
     file_sha256,

@@ -28,6 +28,7 @@ SITES = {
     "tensor_parallel.layers": "sequence parallelism allocates the scattered gradient of a layer's input",
     "tensor_parallel.mappings": "sequence parallelism and tp beyond the key-value heads gather into new tensors",
     "tensor_parallel.random": "activation recompute reads and sets the CUDA generator",
+    "transformer.moe.token_dispatcher": "token counts are copied to the host on a stream of their own",
     "pipeline_parallel.schedules": "the token counter of each schedule is a device='cuda' tensor",
     "pipeline_parallel.p2p_communication": "receive buffers, shape tensors, a synchronize() after each exchange",
     "distributed.param_and_grad_buffer": "gradient buffers are allocated on torch.cuda.current_device()",
@@ -51,6 +52,19 @@ def _on_cpu(factory: Any) -> Any:
     return staticmethod(make)
 
 
+class _Stream:
+    """Stands for a CUDA stream and its events where every operation is done when it returns."""
+
+    def wait_stream(self, stream: _Stream) -> None:
+        pass
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
 class _CudaName(types.ModuleType):
     """Stands for `torch.cuda` inside one megatron module; whatever is not listed is the real thing."""
 
@@ -59,6 +73,9 @@ class _CudaName(types.ModuleType):
     manual_seed = staticmethod(lambda seed: None)
     get_rng_state = staticmethod(lambda *args, **kwargs: torch.get_rng_state())
     random = types.SimpleNamespace(get_rng_state=get_rng_state)
+    Stream = _Stream
+    current_stream = staticmethod(lambda *args, **kwargs: _Stream())
+    stream = staticmethod(lambda stream: contextlib.nullcontext())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)

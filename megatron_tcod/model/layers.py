@@ -11,7 +11,7 @@ to the real tokens, because a causal query never looks right. A row that nothing
 RoPE is applied here and not by Megatron, which splits the packed tensor into rows and takes cos and sin anew for q and
 k in every layer; the model is therefore built with `position_embedding_type="none"`.
 
-Not here: dropout, biases of the dense layers, sliding windows, RoPE scaling, KV caches, Transformer Engine.
+Not here: dropout, biases of the dense layers, sliding windows, KV caches, Transformer Engine.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from megatron_tcod.model import parallel
 from megatron_tcod.model.context import to_heads, to_tokens
+from megatron_tcod.model.shape import RopeScaling, rotary_frequencies
 
 SIMILAR_LENGTH = 0.7
 """A row joins a group when it is at least this fraction of the group's longest: padding stays under 1 / 0.7 in tokens
@@ -59,14 +60,22 @@ class PackedRows(PackedSeqParams):
     restore: Tensor | None = None  # [T] position of each packed token in the concatenated groups; None when in order
 
     @classmethod
-    def build(cls, cu_seqlens: Tensor, *, head_dim: int, rotary_base: float, dtype: torch.dtype) -> PackedRows:
+    def build(
+        cls,
+        cu_seqlens: Tensor,
+        *,
+        head_dim: int,
+        rotary_base: float,
+        rope_scaling: RopeScaling | None = None,
+        dtype: torch.dtype,
+    ) -> PackedRows:
         """From `cu_seqlens [B+1]`. Positions restart at 0 in every row; rows of no token are allowed."""
         bounds = cu_seqlens.tolist()
         device = cu_seqlens.device
         starts = cu_seqlens[:-1].cpu().long().repeat_interleave(cu_seqlens.diff().cpu())  # [T] of each token's row
         positions = torch.arange(len(starts)) - starts  # [T]
         # fp32 like the Hugging Face models: the angle of a long row loses too much in bf16.
-        frequencies = 1.0 / rotary_base ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)  # [D/2]
+        frequencies = rotary_frequencies(head_dim, rotary_base, rope_scaling)  # [D/2]
         angles = positions.float()[:, None, None] * frequencies  # [T, 1, D/2]
         groups = tuple(_row_group(rows, device) for rows in _similar_rows(bounds))
         order = torch.cat([group.tokens for group in groups]) if groups else torch.empty(0, dtype=torch.int64)

@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron_tcod.model import parallel
-from megatron_tcod.model.build import ModelShape, named_parameters
+from megatron_tcod.model.build import named_parameters
 from megatron_tcod.model.families import find_family
 from megatron_tcod.model.families.family import EMBEDDING, HEAD, Family
 from megatron_tcod.model.families.rules import DIMS, LAYOUTS, Slot
+from megatron_tcod.model.shape import ModelShape
 from megatron_tcod.model.sharded_files import ShardedWeights, open_weights
 from megatron_tcod.model.weight_files import (
     SINGLE_FILE,
@@ -222,7 +223,7 @@ def _from_stage(part: Tensor | None, owner: int, size: tuple[int, ...], dtype: t
 
 
 def _all_shards(part: Tensor, slot: Slot) -> list[Tensor]:
-    if parallel.tp_size() == 1 or not LAYOUTS[slot.kind].is_cut:
+    if parallel.tp_size() == 1 or LAYOUTS[slot.kind].dim is None:
         return [part]
     shards = [torch.empty_like(part) for _ in range(parallel.tp_size())]
     dist.all_gather(shards, part.contiguous(), group=parallel.tp_group())

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from megatron_tcod.model import checkpoint
-from megatron_tcod.model.build import ModelShape, Recompute
+from megatron_tcod.model.build import Recompute
 from megatron_tcod.model.mapping import export_hf, load_hf, read_hf_config
 from megatron_tcod.model.parallel import ParallelLayout, build_mesh
+from megatron_tcod.model.shape import ModelShape
 from megatron_tcod.model.student import OptimizerSettings, Student
 from megatron_tcod.model.teacher import Teacher
 from megatron_tcod.model.weight_files import MANIFEST_FILE

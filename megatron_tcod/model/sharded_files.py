@@ -39,9 +39,9 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_tcod.model import parallel
-from megatron_tcod.model.build import ModelShape
 from megatron_tcod.model.families.family import Family
 from megatron_tcod.model.safe_reader import METADATA_FILE, SafeFileReader, SafeLoadPlanner
+from megatron_tcod.model.shape import ModelShape
 from megatron_tcod.model.weight_files import INDEX_FILE, SINGLE_FILE, WeightFiles
 
 BACKEND, VERSION = "torch_dist", 1

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from megatron_tcod.model import build, context, cpu, parallel
 from megatron_tcod.model.adam_shards import MOMENTS, adam_shards, gather
-from megatron_tcod.model.build import ModelShape, Recompute
+from megatron_tcod.model.build import Recompute
 from megatron_tcod.model.parallel import ParallelLayout
 from megatron_tcod.model.schedule import run_schedule
+from megatron_tcod.model.shape import ModelShape
 from megatron_tcod.objective import Objective
 from megatron_tcod.trajectory import Microbatch, TeacherTarget
 

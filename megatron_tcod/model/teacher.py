@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from megatron_tcod.model import build, context, parallel
-from megatron_tcod.model.build import ModelShape
 from megatron_tcod.model.host_weights import HostWeights
 from megatron_tcod.model.parallel import Mesh, ParallelLayout
 from megatron_tcod.model.resharding import Transfer, exchange, gather_places, last_stage_of
 from megatron_tcod.model.schedule import run_schedule
+from megatron_tcod.model.shape import ModelShape
 from megatron_tcod.ops.vocab_shard import VocabShard, align_head
 from megatron_tcod.trajectory import Microbatch, TeacherTarget
 

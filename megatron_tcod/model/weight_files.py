@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,16 +55,16 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 class WeightFiles(Mapping[str, torch.Tensor]):
     """The tensors of a directory by name, read on demand; use it as a context manager.
 
-    Raises ValueError at once when a file is absent, truncated, or disagrees with the index, and KeyError for a name
-    that is not there.
+    Every look-up reads its tensor into memory of its own, and nothing is mapped: what a process holds is what its
+    caller keeps, however large the files. Raises ValueError at once when a file is absent, truncated, or disagrees with
+    the index, and KeyError for a name that is not there.
     """
 
     def __init__(self, directory: str | Path, *, file_names: Sequence[str] | None = None) -> None:
         self.directory = Path(directory)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._files: dict[str, Any] = {}
-        self._stack = ExitStack()
+        self._starts: dict[str, tuple[Path, int]] = {}
         indexed = None if file_names is not None else self._read_index()
         names = file_names if file_names is not None else sorted(set((indexed or {"": SINGLE_FILE}).values()))
         for file_name in names:
@@ -77,11 +77,21 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._files.clear()
-        self._stack.close()
+        self._starts.clear()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)
+        path, start = self._starts[name]
+        tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
+        buffer = memoryview(tensor_bytes(tensor))
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            filled = 0
+            while filled < len(buffer):
+                count = file.readinto(buffer[filled:])  # at most 2 GiB a call
+                if not count:
+                    raise ValueError(f"{path} was cut short while it was read; copy or export it again")
+                filled += count
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -104,21 +114,33 @@ class WeightFiles(Mapping[str, torch.Tensor]):
     def _open(self, file_name: str) -> None:
         path = self.directory / file_name
         if not path.is_file():
-            raise ValueError(f"{path} does not exist; expected safetensors weights, convert other formats to it first")
+            listed = (self.directory / INDEX_FILE).is_file() and file_name != SINGLE_FILE
+            fix = f"{INDEX_FILE} lists it, copy it again" if listed else "convert other formats to safetensors first"
+            raise ValueError(f"{path} does not exist; {fix}")
         try:
-            handle = self._stack.enter_context(safe_open(path, framework="pt"))
-            for name in handle.keys():  # noqa: SIM118  safe_open is no mapping
-                if name in self.shapes:
-                    raise ValueError(f"{path}: tensor {name!r} is in two files; remove one")
-                header = handle.get_slice(name)
-                if header.get_dtype() not in _DTYPES:
-                    known = ", ".join(_DTYPES)
-                    raise ValueError(f"{path}: {name} is {header.get_dtype()}, expected {known}; export it unquantised")
-                self.shapes[name] = tuple(header.get_shape())
-                self.dtypes[name] = _DTYPES[header.get_dtype()]
-                self._files[name] = handle
+            with safe_open(path, framework="pt"):
+                pass  # the library checks that header and length agree
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or truncated ({error}); copy or export it again") from error
+        header, data = _read_header(path)
+        for name, entry in header.items():
+            if name in self.shapes:
+                raise ValueError(f"{path}: tensor {name!r} is in two files; remove one")
+            if entry["dtype"] not in _DTYPES:
+                known = ", ".join(_DTYPES)
+                raise ValueError(f"{path}: {name} is {entry['dtype']}, expected {known}; export it unquantised")
+            self.shapes[name] = tuple(entry["shape"])
+            self.dtypes[name] = _DTYPES[entry["dtype"]]
+            self._starts[name] = (path, data + entry["data_offsets"][0])
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The entries of a safetensors file, and where its data begins: 8 bytes of length, then JSON, then data."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 class TensorWriter:
@@ -154,14 +176,17 @@ class TensorWriter:
         self._put(data)
         self.digests[name] = hashlib.sha256(data).hexdigest()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether every tensor of the plan has been written."""
+        return len(self.digests) == len(self._plan)
+
     def __enter__(self) -> TensorWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         if kind is None:
-            assert len(self.digests) == len(self._plan), (
-                f"{self.path}: {len(self.digests)} of {len(self._plan)} tensors"
-            )
+            assert self.is_full, f"{self.path}: {len(self.digests)} of {len(self._plan)} tensors"
             self._file.flush()
             os.fsync(self._file.fileno())
         self._file.close()
@@ -297,6 +322,7 @@ def verify_manifest(directory: Path, *, share: tuple[int, int] = (0, 1)) -> dict
     files = manifest.get("files")
     if not isinstance(files, dict) or path.read_text(encoding="utf-8") != _canonical(manifest):
         raise ValueError(f"{path} is damaged: it is not as it was written; {FIX}")
+    _check_entries(path, files)
     index, count = share
     for name, expected in list(files.items())[index::count]:
         file = directory / name
@@ -309,6 +335,12 @@ def verify_manifest(directory: Path, *, share: tuple[int, int] = (0, 1)) -> dict
         if found != expected["sha256"]:
             raise ValueError(f"{file} has sha256 {found}, expected {expected['sha256']}; {FIX}")
     return manifest
+
+
+def _check_entries(path: Path, files: Mapping[str, Any]) -> None:
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            raise ValueError(f"{path}: files.{name} must have bytes and sha256, got {entry!r}; write the directory again")
 
 
 def _canonical(content: Mapping[str, Any]) -> str:

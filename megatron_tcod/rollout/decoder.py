@@ -1,4 +1,4 @@
-"""A dense Qwen2, Qwen3 or Llama decoder in plain torch over Hugging Face names, for decoding many rows at once.
+"""A Qwen2, Qwen3, Llama or Mistral decoder in plain torch over Hugging Face names, for decoding many rows at once.
 
     shape = DecoderShape.from_hf(json.load(open("config.json")))
     decoder = Decoder(shape, max_positions=4096)
@@ -13,8 +13,8 @@ Weights given to `load_weights` are kept by reference; only q/k/v and gate/up ar
 instead of three is what makes small batches fast. A weight that changes in place afterwards therefore leaves the decoder
 inconsistent: load again before decoding again.
 
-It computes no gradients, shards nothing, and refuses what it does not compute (experts, sliding windows, other RoPE
-scalings) instead of approximating it.
+It computes no gradients, shards nothing, and refuses what it does not compute (sliding windows, other RoPE scalings)
+instead of approximating it. What follows the attention in a layer, experts included, is `decoder_mlp.py`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_tcod.rollout.decoder_mlp import DenseMLP, ExpertChoice, ExpertMLP, affine, take_dense, take_experts
+
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """`attend(layer, q [T, heads, d], k [T, kv_heads, d], v [T, kv_heads, d]) -> [T, heads * d]`."""
 
-MODEL_TYPES = ("qwen2", "qwen3", "llama")
+MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderShape:
-    """What a config.json says about a dense decoder, with the defaults of its family filled in."""
+    """What a config.json says about a decoder, with the defaults of its family filled in."""
 
     model_type: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
+    """Of one expert where there are `experts`."""
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -54,6 +57,7 @@ class DecoderShape:
     has_output_bias: bool
     """On the attention's output projection."""
     has_mlp_bias: bool
+    experts: ExpertChoice | None
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> DecoderShape:
@@ -72,7 +76,7 @@ class DecoderShape:
             model_type=kind,
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
+            intermediate_size=config["moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"],
             num_layers=config["num_hidden_layers"],
             num_heads=heads,
             num_kv_heads=config.get("num_key_value_heads") or heads,
@@ -84,13 +88,28 @@ class DecoderShape:
             has_qkv_bias=kind == "qwen2" or bool(config.get("attention_bias")),
             has_output_bias=kind != "qwen2" and bool(config.get("attention_bias")),
             has_mlp_bias=kind == "llama" and bool(config.get("mlp_bias")),
+            experts=_expert_choice(config) if kind == "qwen3_moe" else None,
         )
+
+
+def _expert_choice(config: dict[str, Any]) -> ExpertChoice:
+    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+        raise ValueError("config.json has layers without experts, which is not supported; serve it with SGLang instead")
+    return ExpertChoice(
+        num_experts=config.get("num_experts") or config["num_local_experts"],  # transformers 5 writes the longer name
+        num_chosen=config["num_experts_per_tok"],
+        normalizes=bool(config.get("norm_topk_prob", False)),
+    )
 
 
 def _refuse_unsupported(config: dict[str, Any]) -> None:
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"config.json hidden_act {config['hidden_act']!r} is not supported; expected 'silu'")
-    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+    window, longest = config.get("sliding_window"), config.get("max_position_embeddings")
+    is_on = window is not None if config["model_type"] == "mistral" else config.get("use_sliding_window")
+    if window is not None and longest is not None and window >= longest:
+        return  # every position sees all before it
+    if is_on or "sliding_attention" in (config.get("layer_types") or ()):
         raise ValueError("config.json asks for sliding-window attention, which is not supported; expected full attention")
 
 
@@ -119,10 +138,7 @@ class _Layer:
     output: torch.Tensor  # [heads d, H]
     output_bias: torch.Tensor | None  # [H]
     mlp_norm: torch.Tensor  # [H]
-    gate_up: torch.Tensor  # [H, 2 F]
-    gate_up_bias: torch.Tensor | None  # [2 F]
-    down: torch.Tensor  # [F, H]
-    down_bias: torch.Tensor | None  # [H]
+    mlp: DenseMLP | ExpertMLP
 
 
 class Decoder:
@@ -179,17 +195,15 @@ class Decoder:
         sin = self._sin[positions].unsqueeze(1)  # [T, 1, d/2]
         x = F.embedding(ids, self.embedding)  # [T, H]
         for index, layer in enumerate(self.layers):
-            qkv = _affine(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias)  # [T, (heads + 2 kv_heads) d]
+            qkv = affine(self._norm(x, layer.input_norm), layer.qkv, layer.qkv_bias)  # [T, (heads + 2 kv_heads) d]
             qkv = qkv.view(len(ids), -1, shape.head_dim)
             qk = qkv[:, :rotated]  # [T, heads + kv_heads, d]
             if layer.qk_norm is not None:
                 qk = F.rms_norm(qk, (shape.head_dim,), None, shape.norm_eps) * layer.qk_norm
             qk = _rotate(qk, cos, sin)
             seen = attend(index, qk[:, : shape.num_heads], qk[:, shape.num_heads :], qkv[:, rotated:])
-            x = _affine(seen, layer.output, layer.output_bias, residual=x)
-            gate_up = _affine(self._norm(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)  # [T, 2 F]
-            gate, up = gate_up.chunk(2, dim=-1)
-            x = _affine(F.silu(gate).mul_(up), layer.down, layer.down_bias, residual=x)
+            x = affine(seen, layer.output, layer.output_bias, residual=x)
+            x = layer.mlp(self._norm(x, layer.mlp_norm), residual=x)
         return self._norm(x, self.final_norm)
 
     def logits(self, hidden: torch.Tensor, num_ids: int | None = None) -> torch.Tensor:
@@ -199,15 +213,6 @@ class Decoder:
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (self.shape.hidden_size,), weight, self.shape.norm_eps)
-
-
-def _affine(
-    x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, *, residual: torch.Tensor | None = None
-) -> torch.Tensor:
-    if residual is None:
-        return torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
-    y = torch.addmm(residual, x, matrix)
-    return y if bias is None else y.add_(bias)
 
 
 def _rotate(qk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -233,7 +238,7 @@ def _take_layer(take: Callable[..., torch.Tensor], shape: DecoderShape, prefix: 
         return torch.cat(matrices).t().contiguous(), bias  # [in, out]
 
     def norms() -> torch.Tensor | None:
-        if shape.model_type != "qwen3":
+        if shape.model_type not in ("qwen3", "qwen3_moe"):
             return None
         query = take(f"{prefix}self_attn.q_norm.weight", shape.head_dim)
         key = take(f"{prefix}self_attn.k_norm.weight", shape.head_dim)
@@ -242,8 +247,10 @@ def _take_layer(take: Callable[..., torch.Tensor], shape: DecoderShape, prefix: 
     attn = tuple(f"self_attn.{part}_proj" for part in "qkv")
     qkv, qkv_bias = linear(attn, hidden, (q_size, kv_size, kv_size), shape.has_qkv_bias)
     output, output_bias = linear(("self_attn.o_proj",), q_size, (hidden,), shape.has_output_bias)
-    gate_up, gate_up_bias = linear(("mlp.gate_proj", "mlp.up_proj"), hidden, (ffn, ffn), shape.has_mlp_bias)
-    down, down_bias = linear(("mlp.down_proj",), ffn, (hidden,), shape.has_mlp_bias)
+    if shape.experts is None:
+        mlp = take_dense(take, f"{prefix}mlp.", hidden=hidden, ffn=ffn, has_bias=shape.has_mlp_bias)
+    else:
+        mlp = take_experts(take, f"{prefix}mlp.", hidden=hidden, ffn=ffn, choice=shape.experts)
     return _Layer(
         input_norm=take(f"{prefix}input_layernorm.weight", hidden),
         qkv=qkv,
@@ -252,8 +259,5 @@ def _take_layer(take: Callable[..., torch.Tensor], shape: DecoderShape, prefix: 
         output=output,
         output_bias=output_bias,
         mlp_norm=take(f"{prefix}post_attention_layernorm.weight", hidden),
-        gate_up=gate_up,
-        gate_up_bias=gate_up_bias,
-        down=down,
-        down_bias=down_bias,
+        mlp=mlp,
     )

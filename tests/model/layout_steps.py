@@ -18,6 +18,7 @@ from tiny_models import VOCAB, pack_rows, random_rows, tiny_shape
 
 from megatron_tcod.model import build, parallel
 from megatron_tcod.model.build import Recompute
+from megatron_tcod.model.families import kind_of, rules
 from megatron_tcod.model.parallel import ParallelLayout
 from megatron_tcod.model.student import OptimizerSettings, Student
 from megatron_tcod.model.teacher import Teacher
@@ -163,11 +164,11 @@ def full_tensors(chunks, read) -> dict[str, torch.Tensor]:
             assert torch.equal(known, tensor), f"replica {replica} disagrees on {name}"
     full = {}
     for name, parts in shards.items():
-        kind = build.sharding(name)
+        kind = kind_of(name)
         ordered = [parts[tp_rank] for tp_rank in sorted(parts)]
-        if kind == "replicated":
+        if rules.LAYOUTS[kind].dim is None:
             assert all(torch.equal(part, ordered[0]) for part in ordered), f"tensor-parallel ranks disagree on {name}"
-        full[name] = build.unshard(ordered, kind)
+        full[name] = rules.LAYOUTS[kind].uncut(ordered)
         if kind == "vocab":
             assert not full[name][VOCAB:].any(), f"padding of {name} is not zero"
             full[name] = full[name][:VOCAB].contiguous()

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tiny_models import VOCAB, hugging_face_twin, pack_rows, random_rows, tiny_shape
 
 from megatron_tcod.model import build, parallel
+from megatron_tcod.model.families.rules import LAYOUTS
 from megatron_tcod.model.parallel import ParallelLayout
 
 
@@ -53,16 +54,16 @@ def test_query_heads_that_no_equal_groups_hold_are_refused():
 
 
 @settings(deadline=None)
-@given(st.sampled_from(["vocab", "column", "row", "gate_up", "replicated"]), st.sampled_from([1, 2, 4]))
-def test_unshard_undoes_shard(kind, tp_size):
+@given(st.sampled_from(["column", "row", "qkv", "gate_up", "replicated"]), st.sampled_from([1, 2, 4]))
+def test_uncut_undoes_cut(kind, tp_size):
     full = torch.arange(16 * 8).view(16, 8)
-    shards = [build.shard(full, kind, tp_rank=rank, tp_size=tp_size) for rank in range(tp_size)]
-    assert torch.equal(build.unshard(shards, kind), full)
+    shards = [LAYOUTS[kind].cut(full, tp_rank=rank, tp_size=tp_size) for rank in range(tp_size)]
+    assert torch.equal(LAYOUTS[kind].uncut(shards), full)
 
 
 def test_every_rank_of_a_gate_up_projection_holds_matching_gates_and_ups():
     full = torch.cat([torch.arange(4), 100 + torch.arange(4)])[:, None]
-    second = build.shard(full, "gate_up", tp_rank=1, tp_size=2)
+    second = LAYOUTS["gate_up"].cut(full, tp_rank=1, tp_size=2)
     assert second.flatten().tolist() == [2, 3, 102, 103]
 
 

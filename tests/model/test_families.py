@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tcod.model.build import padded_vocab_size
-from megatron_tcod.model.families import FAMILIES, find_family
-from megatron_tcod.model.families.rules import LAYOUTS, Slot
+from megatron_tcod.model.families import FAMILIES, find_family, kind_of
+from megatron_tcod.model.families.rules import Slot
+from megatron_tcod.model.shape import RopeScaling, rotary_frequencies
+from megatron_tcod.model.weight_files import WeightFiles
 
 each_family = pytest.mark.parametrize("model_type", sorted(FAMILIES))
 
@@ -32,8 +34,13 @@ TRANSFORMERS_4 = dict(
 )
 
 
+EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True)
+LLAMA3_ROPE = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=256)
+
+
 def old_config(model_type, **changes):
-    return {**TRANSFORMERS_4, "model_type": model_type, **changes}
+    experts = EXPERTS if find_family(model_type).expert_fields else {}
+    return {**TRANSFORMERS_4, **experts, "model_type": model_type, **changes}
 
 
 def new_config(model_type, **changes):
@@ -75,9 +82,40 @@ def test_written_config_reads_back_and_transformers_builds_the_mapped_tensors_fr
         config = transformers_config(tmp_path, written)
         assert config.rope_parameters["rope_theta"] == 5e5
         assert config.architectures == [family.architecture]
-        expected = {name: tuple(tensor.shape) for name, tensor in transformers_model(config).named_parameters()}
+        transformers_model(config).save_pretrained(tmp_path)
+        with WeightFiles(tmp_path) as files:
+            expected = dict(files.shapes)
         mapped = {name: size for slot in family.slots(shape) for name, size in slot.hf_shapes(shape).items()}
-        assert mapped == expected  # tied parameters are listed once by transformers
+        assert mapped == expected  # tied parameters are written once by transformers
+
+
+@each_family
+def test_the_scaling_of_llama_3_is_read_and_written_in_both_spellings_and_turns_as_in_transformers(model_type, tmp_path):
+    family = find_family(model_type)
+    old = old_config(model_type, rope_scaling={"rope_type": "llama3", **LLAMA3_ROPE})
+    new = new_config(model_type)
+    new["rope_parameters"] = {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3_ROPE}
+    shape = family.read_config(old)
+    assert shape == family.read_config(new) and shape.rope_scaling == RopeScaling(**LLAMA3_ROPE)
+    written = family.write_config(shape, dtype=torch.float32)
+    assert family.read_config(json.loads(json.dumps(written))) == shape
+    four = {key: value for key, value in written.items() if key != "rope_parameters"}
+    for config in (four, written):
+        rotary = transformers_model(transformers_config(tmp_path, config)).model.rotary_emb
+        ours = rotary_frequencies(shape.kv_channels, shape.rotary_base, shape.rope_scaling)
+        torch.testing.assert_close(ours, rotary.inv_freq, rtol=1e-6, atol=0)
+        plain = rotary_frequencies(shape.kv_channels, shape.rotary_base, None)
+        kept = (ours / plain).tolist()
+        assert kept[0] == 1.0 and kept[-1] == 1 / 8 and any(1 / 8 < share < 1 for share in kept)
+
+
+def test_every_parameter_name_has_one_layout_in_all_families_and_an_unknown_one_has_none():
+    for model_type in FAMILIES:
+        family = find_family(model_type)
+        for slot in family.slots(family.read_config(old_config(model_type, tie_word_embeddings=False))):
+            assert kind_of(slot.megatron) == slot.kind
+    with pytest.raises(AssertionError, match="no family has a rule for parameter decoder.layers.0.mlp.linear_fc3.weight"):
+        kind_of("decoder.layers.0.mlp.linear_fc3.weight")
 
 
 @each_family
@@ -101,7 +139,8 @@ def test_qwen3_without_head_dim_has_the_default_of_transformers_and_llama_divide
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["rope_scaling", "llama3", "default"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["rope_scaling.low_freq_factor", "got None"]),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3_ROPE, "beta": 1}}, ["rope_scaling", "beta", "llama3"]),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope_scaling", "yarn"]),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}}, ["rope_parameters", "linear"]),
         ({"rope_parameters": {"rope_theta": 1e4}}, ["rope_theta", "10000.0, 500000.0"]),
@@ -110,7 +149,6 @@ def test_qwen3_without_head_dim_has_the_default_of_transformers_and_llama_divide
         ({"use_sliding_window": True, "sliding_window": 64}, ["use_sliding_window", "64"]),
         ({"sliding_window": 64}, ["sliding_window", "64"]),
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, ["layer_types"]),
-        ({"num_experts": 8}, ["num_experts", "dense"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers", "got 0"]),
@@ -140,6 +178,40 @@ def test_heads_that_do_not_divide_the_width_need_a_head_dim(model_type):
     config = old_config(model_type, head_dim=None, num_attention_heads=7, num_key_value_heads=7)
     with pytest.raises(ValueError, match="hidden_size 48.*num_attention_heads 7.*add head_dim"):
         find_family(model_type).read_config(config)
+
+
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if not find_family(name).expert_fields])
+def test_experts_of_a_dense_family_are_refused(model_type):
+    with pytest.raises(ValueError, match="config.json: num_experts 8: experts are not supported; use a dense model"):
+        find_family(model_type).read_config(old_config(model_type, num_experts=8))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts_per_tok": 7}, "num_experts_per_token 7 exceeds num_experts 6"),
+        ({"num_experts_per_tok": 1}, "no gradient to its router"),
+        ({"moe_intermediate_size": None}, "moe_intermediate_size must be an integer > 0, got None"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob must be true or false, got 1"),
+        ({"num_local_experts": 8}, r"num_experts and num_local_experts disagree: \[6, 8\]"),
+        ({"mlp_only_layers": [1]}, r"mlp_only_layers \[1\], expected \[\]"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step 2, expected 1"),
+    ],
+)
+def test_experts_that_are_not_computed_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        find_family("qwen3_moe").read_config(old_config("qwen3_moe", **change))
+
+
+def test_a_window_that_holds_every_position_is_full_attention_and_a_smaller_one_is_refused():
+    family = find_family("mistral")
+    full = family.read_config(old_config("mistral", sliding_window=None))
+    assert family.read_config(old_config("mistral", sliding_window=512)) == full
+    with pytest.raises(ValueError, match="sliding_window 511, max_position_embeddings 512.*lower max_position_embeddings"):
+        family.read_config(old_config("mistral", sliding_window=511))
+    with pytest.raises(ValueError, match="sliding_window 511"):  # transformers' Mistral knows no such switch
+        family.read_config(old_config("mistral", sliding_window=511, use_sliding_window=False))
+    assert family.write_config(full, dtype=torch.float32)["sliding_window"] is None
 
 
 def test_an_unknown_model_type_lists_the_known_ones():
@@ -182,7 +254,7 @@ def test_shards_are_what_megatron_expects_and_join_to_the_same_bits(model_type, 
     shape = family.read_config(old_config(model_type, tie_word_embeddings=False))
     generator = torch.Generator().manual_seed(1)
     for rule in family.rules:
-        slot = Slot.of(rule, layer=2)
+        slot = Slot.of(rule, layer=2, expert=1)
         tensors = [torch.randn(size, generator=generator) for size in slot.hf_shapes(shape).values()]
         shards = [slot.shard(tensors, shape, tp_size=tp_size, tp_rank=rank) for rank in range(tp_size)]
         for rank, shard in enumerate(shards):
@@ -217,7 +289,7 @@ def test_shard_then_join_is_the_identity_for_any_vocabulary_and_heads(vocab_size
     for rule in family.rules:
         slot = Slot.of(rule, layer=0)
         tensors = [torch.randn(size) for size in slot.hf_shapes(shape).values()]
-        if LAYOUTS[slot.kind].is_cut and slot.kind in ("qkv", "row") and groups * per_group * head_dim % tp_size:
+        if slot.kind in ("qkv", "row") and groups * per_group * head_dim % tp_size:
             continue
         if slot.kind == "qkv" and groups * (per_group + 2) * head_dim % tp_size:
             with pytest.raises(ValueError, match="tensor-model-parallel-size"):

@@ -8,7 +8,7 @@ import random
 import torch
 
 from megatron_tcod.model import build
-from megatron_tcod.model.build import ModelShape
+from megatron_tcod.model.shape import ModelShape
 from megatron_tcod.trajectory import Microbatch
 
 VOCAB = 507

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_hf import FAMILIES, tiny_model
+from tiny_hf import FAMILIES, tiny_model, weights_of
 
 from megatron_tcod.rollout.decoder import Decoder, DecoderShape
 from megatron_tcod.rollout.kv_slots import DecodeAttention, KVSlots, PrefillAttention
@@ -10,7 +10,7 @@ from megatron_tcod.rollout.kv_slots import DecodeAttention, KVSlots, PrefillAtte
 
 def decoder_of(model, **options):
     decoder = Decoder(DecoderShape.from_hf(model.config.to_dict()), max_positions=129, **options)
-    decoder.load_weights(model.state_dict().items())
+    decoder.load_weights(weights_of(model))
     return decoder
 
 
@@ -87,7 +87,7 @@ def test_weights_are_kept_by_reference_where_nothing_is_fused():
         "lm_head.weight": decoder.head,
         "model.norm.weight": decoder.final_norm,
         "model.layers.1.self_attn.o_proj.weight": layer.output,
-        "model.layers.1.mlp.down_proj.weight": layer.down,
+        "model.layers.1.mlp.down_proj.weight": layer.mlp.down,
         "model.layers.1.input_layernorm.weight": layer.input_norm,
     }
     for name, tensor in shared.items():
@@ -120,6 +120,8 @@ def test_wrong_weights_are_named_and_leave_the_old_ones():
         (dict(model_type="mixtral"), "model_type 'mixtral' is not one of"),
         (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
         (dict(use_sliding_window=True), "sliding-window"),
+        (dict(model_type="mistral", sliding_window=511), "sliding-window"),
+        (dict(model_type="qwen3_moe", moe_intermediate_size=8, mlp_only_layers=[1]), "layers without experts"),
         (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope type 'yarn'"),
     ],
 )

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_tcod.model.families import find_family
+from megatron_tcod.model.families import FAMILIES, find_family
 from megatron_tcod.model.weight_files import write_manifest
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -20,18 +21,24 @@ sys.path.insert(0, str(TOOL.parent))
 import convert_checkpoint  # noqa: E402
 
 VOCAB = 507
-MODELS = {"qwen2": True, "qwen3": True, "llama": False}  # model_type -> tied
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True)
+LLAMA3_ROPE = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+MODELS = {  # id -> (model_type, tied, more of config.json)
+    **{f"{model_type}-{tied}": (model_type, tied == "tied", {}) for model_type in FAMILIES for tied in ("tied", "untied")},
+    "llama-scaled": ("llama", True, {"rope_scaling": {"rope_type": "llama3", **LLAMA3_ROPE}}),
+    "mistral-window": ("mistral", False, {"sliding_window": 64}),
+}
 
 
-def make_hf(directory, model_type, *, is_tied, dtype=torch.float32):
+def make_hf(directory, model_type, *, is_tied, dtype=torch.float32, **changes):
     config = dict(
         model_type=model_type,
         vocab_size=VOCAB,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
         head_dim=6,
         max_position_embeddings=64,
         rms_norm_eps=1e-6,
@@ -40,6 +47,8 @@ def make_hf(directory, model_type, *, is_tied, dtype=torch.float32):
         eos_token_id=3,
         note="kept as it is",
     )
+    config.update(EXPERTS if find_family(model_type).expert_fields else {})
+    config.update(changes)
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "tokenizer.json").write_text("{}")
@@ -52,10 +61,11 @@ def make_hf(directory, model_type, *, is_tied, dtype=torch.float32):
     return tensors
 
 
-def run(direction, source, target, *, tp=None, pp=None):
+def run(direction, source, target, *, tp=None, pp=None, ep=None, part_gb=None):
     arguments = ["--direction", direction, "--input", str(source), "--output", str(target)]
-    for name, size in (("tensor", tp), ("pipeline", pp)):
+    for name, size in (("tensor", tp), ("pipeline", pp), ("expert", ep)):
         arguments += [] if size is None else [f"--{name}-model-parallel-size", str(size)]
+    arguments += [] if part_gb is None else ["--max-part-gb", str(part_gb)]
     return convert_checkpoint.main(arguments)
 
 
@@ -69,25 +79,71 @@ def refused(capsys, direction, source, target, **sizes):
     return lines[0]
 
 
-@pytest.mark.parametrize("model_type", MODELS)
-@pytest.mark.parametrize("pp", [1, 2])
-@pytest.mark.parametrize("tp", [1, 2, 4])
-def test_round_trip_keeps_every_bit_and_file(tmp_path, model_type, tp, pp):
-    tensors = make_hf(tmp_path / "hf", model_type, is_tied=MODELS[model_type], dtype=torch.bfloat16)
-    assert run("hf-to-megatron", tmp_path / "hf", tmp_path / "shards", tp=tp, pp=pp) == 0
-    ranks = {f"tp_{i:02d}_pp_{j:02d}.safetensors" for i in range(tp) for j in range(pp)}
-    assert {path.name for path in (tmp_path / "shards").iterdir()} == {
-        *ranks,
+def assert_round_trip(root, model, **sizes):
+    model_type, is_tied, changes = MODELS[model]
+    tensors = make_hf(root / "hf", model_type, is_tied=is_tied, dtype=torch.bfloat16, **changes)
+    assert run("hf-to-megatron", root / "hf", root / "shards", **sizes) == 0
+    assert run("megatron-to-hf", root / "shards", root / "again") == 0
+    again = load_file(root / "again" / "model.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensors[name]) and again[name].dtype == torch.bfloat16 for name in tensors)
+    for name in ("config.json", "tokenizer.json"):
+        assert (root / "again" / name).read_bytes() == (root / "hf" / name).read_bytes()
+    return {path.name for path in (root / "shards").glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("pp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_round_trip_keeps_every_bit_and_file(tmp_path, model, tp, pp):
+    ranks = assert_round_trip(tmp_path, model, tp=tp, pp=pp)
+    assert ranks == {f"tp_{i:02d}_pp_{j:02d}.safetensors" for i in range(tp) for j in range(pp)}
+    assert {path.name for path in (tmp_path / "shards").iterdir()} - ranks == {
         "config.json",
         "manifest.json",
         "tokenizer.json",
     }
-    assert run("megatron-to-hf", tmp_path / "shards", tmp_path / "again") == 0
-    again = load_file(tmp_path / "again" / "model.safetensors")
-    assert again.keys() == tensors.keys()
-    assert all(torch.equal(again[name], tensors[name]) and again[name].dtype == torch.bfloat16 for name in tensors)
-    for name in ("config.json", "tokenizer.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("tp", "pp", "ep"), [(1, 1, 2), (2, 1, 4), (1, 2, 4), (4, 4, 2)])
+def test_round_trip_over_expert_parallel_ranks_keeps_every_bit(tmp_path, tp, pp, ep):
+    ranks = assert_round_trip(tmp_path, "qwen3_moe-untied", tp=tp, pp=pp, ep=ep)
+    assert len(ranks) == tp * pp * ep
+    assert f"tp_{tp - 1:02d}_pp_{pp - 1:02d}_ep_{ep - 1:02d}.safetensors" in ranks
+
+
+def test_a_rank_holds_its_experts_counted_from_zero_and_its_part_of_each(tmp_path):
+    tensors = make_hf(tmp_path / "hf", "qwen3_moe", is_tied=False)
+    run("hf-to-megatron", tmp_path / "hf", tmp_path / "shards", tp=2, pp=2, ep=2)
+    held = load_file(tmp_path / "shards" / "tp_01_pp_01_ep_01.safetensors")
+    ours, theirs = "decoder.layers.1.mlp.experts.local_experts.0.", "model.layers.3.mlp.experts.2."
+    assert torch.equal(held[ours + "linear_fc2.weight"], tensors[theirs + "down_proj.weight"][:, 8:])
+    gate_up = [tensors[f"{theirs}{name}_proj.weight"][8:] for name in ("gate", "up")]
+    assert torch.equal(held[ours + "linear_fc1.weight"], torch.cat(gate_up))
+    assert torch.equal(held["decoder.layers.1.mlp.router.weight"], tensors["model.layers.3.mlp.gate.weight"])
+    assert sum("local_experts.2." in name for name in held) == 0
+
+
+def test_outputs_beyond_the_largest_part_are_split_and_indexed_as_transformers_reads_them(tmp_path):
+    import transformers
+
+    tensors = make_hf(tmp_path / "hf", "llama", is_tied=False)
+    run("hf-to-megatron", tmp_path / "hf", tmp_path / "shards", tp=2)
+    assert run("megatron-to-hf", tmp_path / "shards", tmp_path / "again", part_gb=5e-5) == 0
+    parts = sorted((tmp_path / "again").glob("*.safetensors"))
+    assert len(parts) == 3 and parts[0].name == "model-00001-of-00003.safetensors"
+    index = json.loads((tmp_path / "again" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.numel() * 4 for tensor in tensors.values())
+    assert index["weight_map"].keys() == tensors.keys()
+    for part in parts:
+        held = load_file(part)
+        assert sum(tensor.numel() * 4 for tensor in held.values()) <= 50_000
+        assert all(index["weight_map"][name] == part.name for name in held)
+    state = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
+    assert run("hf-to-megatron", tmp_path / "again", tmp_path / "shards-again", tp=2) == 0
+    for path in (tmp_path / "shards").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "shards-again" / path.name).read_bytes()
 
 
 def test_manifest_has_the_sha256_of_every_tensor(tmp_path):
@@ -136,6 +192,12 @@ def flip(path, position):
     path.write_bytes(data)
 
 
+def reshape_one_tensor(directory):
+    tensors = load_file(directory / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({**tensors, name: tensors[name].T.contiguous()}, directory / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -146,9 +208,11 @@ def flip(path, position):
         (lambda d: edit_config(d, rope_scaling={"rope_type": "yarn"}), ["rope_scaling"]),
         (lambda d: edit_config(d, model_type="gpt2"), ["'gpt2'", "llama"]),
         (lambda d: truncate(d / "model.safetensors"), ["model.safetensors", "truncated"]),
+        (lambda d: (d / "model.safetensors").unlink(), ["model.safetensors", "does not exist", "convert other formats"]),
+        (reshape_one_tensor, ["model.layers.1.mlp.down_proj.weight must be [16, 24]", "got [24, 16]"]),
         (lambda d: (d / "config.json").unlink(), ["config.json", "does not exist"]),
     ],
-    ids=["layers", "width", "tied", "vocabulary", "rope", "family", "truncated", "no-config"],
+    ids=["layers", "width", "tied", "vocabulary", "rope", "family", "truncated", "no-weights", "shape", "no-config"],
 )
 def test_a_hugging_face_directory_that_disagrees_is_refused(tmp_path, capsys, damage, words):
     make_hf(tmp_path / "hf", "llama", is_tied=False)
@@ -157,14 +221,43 @@ def test_a_hugging_face_directory_that_disagrees_is_refused(tmp_path, capsys, da
     assert all(word in line for word in words), line
 
 
+def test_a_part_that_is_missing_cut_or_not_in_the_index_is_refused(tmp_path, capsys):
+    make_hf(tmp_path / "hf", "llama", is_tied=False)
+    run("hf-to-megatron", tmp_path / "hf", tmp_path / "shards")
+    run("megatron-to-hf", tmp_path / "shards", tmp_path / "parts", part_gb=5e-5)
+    second = tmp_path / "parts" / "model-00002-of-00003.safetensors"
+    data = second.read_bytes()
+    truncate(second)
+    line = refused(capsys, "hf-to-megatron", tmp_path / "parts", tmp_path / "out")
+    assert f"{second} is damaged or truncated" in line
+    second.unlink()
+    line = refused(capsys, "hf-to-megatron", tmp_path / "parts", tmp_path / "out")
+    assert f"{second} does not exist; model.safetensors.index.json lists it" in line
+    second.write_bytes(data)
+    index = tmp_path / "parts" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    lost = next(name for name, part in content["weight_map"].items() if part == second.name)
+    del content["weight_map"][lost]
+    index.write_text(json.dumps(content))
+    line = refused(capsys, "hf-to-megatron", tmp_path / "parts", tmp_path / "out")
+    assert lost in line and "disagree" in line
+
+
 def test_sizes_that_do_not_divide_the_model_are_refused(tmp_path, capsys):
     make_hf(tmp_path / "hf", "llama", is_tied=False)
     line = refused(capsys, "hf-to-megatron", tmp_path / "hf", tmp_path / "out", tp=3)
-    assert "tensor_model_parallel_size 3" in line and "num_attention_heads 4" in line
+    assert "tensor_model_parallel_size 3" in line and "num_attention_heads 8" in line
     line = refused(capsys, "hf-to-megatron", tmp_path / "hf", tmp_path / "out", pp=3)
     assert "num_layers 4" in line
     line = refused(capsys, "hf-to-megatron", tmp_path / "hf", tmp_path / "out", tp=0)
     assert "tensor_model_parallel_size" in line and "0" in line
+    line = refused(capsys, "hf-to-megatron", tmp_path / "hf", tmp_path / "out", ep=2)
+    assert "expert_model_parallel_size 2 does not divide the 1 experts" in line
+    make_hf(tmp_path / "moe", "qwen3_moe", is_tied=False)
+    line = refused(capsys, "hf-to-megatron", tmp_path / "moe", tmp_path / "out", ep=3)
+    assert "expert_model_parallel_size 3 does not divide the 4 experts" in line
+    line = refused(capsys, "hf-to-megatron", tmp_path / "moe", tmp_path / "out", ep=0)
+    assert "expert_model_parallel_size 0" in line
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +354,47 @@ def test_a_tensor_digest_that_does_not_fit_is_refused(tmp_path, capsys, good_sha
     assert "word_embeddings.weight has another sha256" in line
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tensor_model_parallel_size": None}, "tensor_model_parallel_size must be an integer > 0, got None"),
+        ({"pipeline_model_parallel_size": "2"}, "pipeline_model_parallel_size must be an integer > 0, got '2'"),
+        ({"expert_model_parallel_size": 0}, "expert_model_parallel_size must be an integer > 0, got 0"),
+        ({"model": None}, "model must be an object, got None"),
+        ({"tensors": []}, "tensors must be an object, got []"),
+        ({"tensors": {}}, "another sha256 than manifest.json"),
+    ],
+)
+def test_a_manifest_edited_by_hand_is_refused_by_field(tmp_path, capsys, good_shards, changes, words):
+    shutil.copytree(good_shards, tmp_path / "shards")
+    content = json.loads((good_shards / "manifest.json").read_text())
+    del content["files"], content["manifest_sha256"]
+    content.update(changes)
+    write_manifest(tmp_path / "shards", {key: value for key, value in content.items() if value is not None})
+    assert words in refused(capsys, "megatron-to-hf", tmp_path / "shards", tmp_path / "out")
+
+
+def test_a_training_checkpoint_becomes_a_directory_that_transformers_loads(tmp_path, capsys):
+    import transformers
+
+    tensors = make_hf(tmp_path / "step_0000040", "qwen3", is_tied=True)
+    save_file({"exp_avg.x": torch.ones(3)}, tmp_path / "step_0000040" / "optimizer.safetensors")
+    line = refused(capsys, "checkpoint-to-hf", tmp_path / "step_0000040", tmp_path / "agent")
+    assert "no training checkpoint" in line
+    write_manifest(tmp_path / "step_0000040", {"step": 40})
+    assert run("checkpoint-to-hf", tmp_path / "step_0000040", tmp_path / "agent") == 0
+    assert {path.name for path in (tmp_path / "agent").iterdir()} == {
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    state = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "agent").state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
+    flip(tmp_path / "step_0000040" / "optimizer.safetensors", -1)
+    assert "sha256" in refused(capsys, "checkpoint-to-hf", tmp_path / "step_0000040", tmp_path / "other")
+
+
 def test_sizes_other_than_the_manifest_says_are_refused(tmp_path, capsys, good_shards):
     line = refused(capsys, "megatron-to-hf", good_shards, tmp_path / "out", tp=4)
     assert "--tensor-model-parallel-size 4" in line and "with 2" in line
@@ -269,6 +403,63 @@ def test_sizes_other_than_the_manifest_says_are_refused(tmp_path, capsys, good_s
 def test_a_hugging_face_directory_is_no_input_for_the_inverse(tmp_path, capsys, good_shards):
     run("megatron-to-hf", good_shards, tmp_path / "hf")
     assert "format 'hf'" in refused(capsys, "megatron-to-hf", tmp_path / "hf", tmp_path / "out")
+
+
+class StandInBridge:
+    """megatron-bridge's two calls, which note what they were given."""
+
+    calls: list = []
+
+    @classmethod
+    def import_ckpt(cls, **arguments):
+        cls.calls.append(("import", arguments))
+        Path(arguments["megatron_path"]).mkdir()
+        if "broken" in arguments["hf_model_id"]:
+            raise OSError("half a checkpoint")
+
+    @classmethod
+    def from_hf_pretrained(cls, path, **arguments):
+        cls.calls.append(("model", {"path": path, **arguments}))
+        return cls()
+
+    def export_ckpt(self, **arguments):
+        self.calls.append(("export", arguments))
+        Path(arguments["hf_path"]).mkdir()
+
+
+def bridge(direction, source, target, *more):
+    arguments = ["--bridge", "--direction", direction, "--input", str(source), "--output", str(target), *more]
+    return convert_checkpoint.main(arguments)
+
+
+def test_bridge_calls_megatron_bridge_without_remote_code_and_leaves_nothing_of_a_failure(tmp_path, capsys, monkeypatch):
+    stand_in = types.ModuleType("megatron.bridge")
+    stand_in.AutoBridge = StandInBridge
+    monkeypatch.setitem(sys.modules, "megatron.bridge", stand_in)
+    monkeypatch.setattr(StandInBridge, "calls", [])
+    hf, broken = tmp_path / "gemma", tmp_path / "broken"
+    hf.mkdir()
+    broken.mkdir()
+    assert bridge("hf-to-megatron", hf, tmp_path / "megatron") == 0
+    assert bridge("megatron-to-hf", tmp_path / "megatron", tmp_path / "again", "--hf-model", str(hf)) == 0
+    assert StandInBridge.calls == [
+        ("import", {"hf_model_id": str(hf), "megatron_path": str(tmp_path / "megatron"), "trust_remote_code": False}),
+        ("model", {"path": str(hf), "trust_remote_code": False}),
+        ("export", {"megatron_path": str(tmp_path / "megatron"), "hf_path": str(tmp_path / "again")}),
+    ]
+    assert bridge("hf-to-megatron", broken, tmp_path / "other") == 2 and not (tmp_path / "other").exists()
+    capsys.readouterr()
+    assert bridge("megatron-to-hf", tmp_path / "megatron", tmp_path / "other") == 2
+    assert bridge("hf-to-megatron", hf, tmp_path / "other", "--tensor-model-parallel-size", "2") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "--hf-model" in lines[0] and "--tensor-model-parallel-size has no meaning" in lines[1]
+
+
+def test_bridge_says_what_to_install_where_it_cannot_be_imported(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "megatron.bridge", None)  # importing it fails
+    assert bridge("hf-to-megatron", tmp_path, tmp_path / "out") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "pip install 'megatron_tcod[bridge]'" in lines[0]
 
 
 def test_the_command_line_refuses_an_existing_output_without_a_traceback(tmp_path):

@@ -1,4 +1,4 @@
-"""Llama, dense, without rope scaling (so not Llama 3.1 and later): the plain decoder, no biases.
+"""Llama, dense, up to 3.x: the plain decoder, no biases, Llama 3's rope scaling where config.json has it.
 
     find_family("llama").read_config(config)
 

@@ -1,15 +1,15 @@
 """How one Megatron parameter and its Hugging Face tensors are the same numbers in two layouts.
 
 A `Rule` names a Megatron parameter, the Hugging Face tensors it holds, their symbolic dimensions, and a kind. The kind
-picks a pair of inverse functions from LAYOUTS: `shard` builds one tensor-parallel rank's parameter from the full
-tensors, `join` rebuilds the full tensors from all shards.
+picks a `Layout` from LAYOUTS, the one place that says how a parameter is laid out: `merge` and `split` go between the
+Hugging Face tensors and Megatron's full tensor, `cut` and `uncut` between that and the tensor-parallel ranks' parts.
 
     slot = Slot.of(rule, layer=3)
     mine = slot.shard([q, k, v], shape, tp_size=2, tp_rank=1)     # this rank's linear_qkv
     q, k, v = slot.join([shard_0, shard_1], shape)                # bit-identical
 
-Pure tensor work on any device, meta included: no process groups and no files. Pipeline stages are a matter of which
-slots a rank has, so they do not appear here.
+Pure tensor work on any device, meta included: no process groups and no files. Pipeline stages and expert parallelism
+are a matter of which slots a rank has, so they do not appear here.
 
     kind        Megatron's full tensor                          cut over tp
     replicated  as it is                                        not at all
@@ -17,7 +17,7 @@ slots a rank has, so they do not appear here.
     row         as it is                                        columns
     vocab       rows of zeros up to the padded vocabulary       rows
     qkv         per query group: its queries, its key, value    rows
-    gate_up     each rank's gate rows, then its up rows         rows of both
+    gate_up     the gate rows, then the up rows                 rows of each half
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_tcod.model.build import ModelShape, padded_vocab_size
+from megatron_tcod.model.shape import ModelShape, padded_vocab_size
 
 DIMS: dict[str, tuple[Callable[[ModelShape], int], str]] = {
     "hidden": (lambda shape: shape.hidden_size, "hidden_size"),
@@ -36,13 +36,15 @@ DIMS: dict[str, tuple[Callable[[ModelShape], int], str]] = {
     "query": (lambda shape: shape.num_attention_heads * shape.kv_channels, "num_attention_heads * head_dim"),
     "kv": (lambda shape: shape.num_query_groups * shape.kv_channels, "num_key_value_heads * head_dim"),
     "head": (lambda shape: shape.kv_channels, "head_dim"),
+    "experts": (lambda shape: shape.experts.num_experts, "num_experts"),
+    "expert_ffn": (lambda shape: shape.experts.ffn_hidden_size, "moe_intermediate_size"),
 }
 """Symbolic dimension -> (its size, the config.json fields that set it)."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter and the Hugging Face tensors in it; `{layer}` in the names counts from 0 over the model.
+    """One Megatron parameter and the Hugging Face tensors in it; `{layer}` and `{expert}` count from 0 over the model.
 
     Example: `Rule("decoder.layers.{layer}.mlp.linear_fc2.weight", "row",
     {"model.layers.{layer}.mlp.down_proj.weight": "hidden ffn"})`
@@ -56,16 +58,18 @@ class Rule:
 
 @dataclass(frozen=True)
 class Slot:
-    """A rule with the layer filled in: one parameter of the unsharded model."""
+    """A rule with the layer and the expert filled in: one parameter of the unsharded model."""
 
     megatron: str
     kind: str
     hf: Mapping[str, str]
+    expert: int | None = None
+    """The expert it belongs to, and so the expert-parallel ranks that hold it; None: all of them do."""
 
     @classmethod
-    def of(cls, rule: Rule, *, layer: int | None = None) -> Slot:
-        names = {name.format(layer=layer): dims for name, dims in rule.hf.items()}
-        return cls(rule.megatron.format(layer=layer), rule.kind, names)
+    def of(cls, rule: Rule, *, layer: int | None = None, expert: int | None = None) -> Slot:
+        names = {name.format(layer=layer, expert=expert): dims for name, dims in rule.hf.items()}
+        return cls(rule.megatron.format(layer=layer, expert=expert), rule.kind, names, expert)
 
     def hf_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """Full, unpadded shape of each Hugging Face tensor."""
@@ -76,95 +80,116 @@ class Slot:
         full = [torch.empty(size, device="meta") for size in self.hf_shapes(shape).values()]
         return tuple(self.shard(full, shape, tp_size=tp_size, tp_rank=0).shape)
 
-    def shard(self, tensors: Sequence[torch.Tensor], shape: ModelShape, *, tp_size: int, tp_rank: int) -> torch.Tensor:
-        """One rank's Megatron parameter from the full Hugging Face tensors, in the order of `hf`."""
+    def merge(self, tensors: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
+        """Megatron's full tensor, vocabulary padding left out, from the Hugging Face tensors in the order of `hf`."""
         assert len(tensors) == len(self.hf), (self.megatron, len(tensors))
+        return LAYOUTS[self.kind].merge(tensors, shape)
+
+    def cut(self, full: torch.Tensor, *, tp_size: int, tp_rank: int) -> torch.Tensor:
+        """One rank's part of what `merge` returned. Raises ValueError when tp does not divide."""
         try:
-            return LAYOUTS[self.kind].shard(tensors, shape, tp_size, tp_rank)
-        except _Indivisible as error:
+            return LAYOUTS[self.kind].cut(full, tp_size=tp_size, tp_rank=tp_rank)
+        except Indivisible as error:
             raise ValueError(
                 f"{self.megatron}: {error.size} rows or columns do not split over tensor-model-parallel-size "
                 f"{tp_size}; choose a size that divides the attention heads, the query groups and the ffn width"
             ) from None
 
+    def shard(self, tensors: Sequence[torch.Tensor], shape: ModelShape, *, tp_size: int, tp_rank: int) -> torch.Tensor:
+        """`merge`, then `cut`: one rank's Megatron parameter from the full Hugging Face tensors."""
+        return self.cut(self.merge(tensors, shape), tp_size=tp_size, tp_rank=tp_rank)
+
     def join(self, shards: Sequence[torch.Tensor], shape: ModelShape) -> list[torch.Tensor]:
         """The full Hugging Face tensors from the shards of all ranks; views of the shards where the layout allows."""
-        return LAYOUTS[self.kind].join(shards, shape)
+        layout = LAYOUTS[self.kind]
+        return layout.split(layout.uncut(shards), shape)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Two inverse functions; `is_cut` is False when every tensor-parallel rank holds the same numbers."""
+class Indivisible(Exception):
+    """A dimension of `size` that the tensor-parallel ranks cannot share equally."""
 
-    shard: Callable[[Sequence[torch.Tensor], ModelShape, int, int], torch.Tensor]
-    join: Callable[[Sequence[torch.Tensor], ModelShape], list[torch.Tensor]]
-    is_cut: bool = True
-
-
-class _Indivisible(Exception):
     def __init__(self, size: int) -> None:
         self.size = size
 
 
-def _cut(full: torch.Tensor, dim: int, tp_size: int, tp_rank: int) -> torch.Tensor:
-    if full.shape[dim] % tp_size:
-        raise _Indivisible(full.shape[dim])
-    return full.chunk(tp_size, dim)[tp_rank]
+def _first(tensors: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
+    return tensors[0]
 
 
-def _concatenate(shards: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim)
+def _alone(full: torch.Tensor, shape: ModelShape) -> list[torch.Tensor]:
+    return [full]
 
 
-def _shard_vocab(tensors: Sequence[torch.Tensor], shape: ModelShape, tp_size: int, tp_rank: int) -> torch.Tensor:
-    (full,) = tensors  # [V, H]
-    num_rows = padded_vocab_size(shape.vocab_size, tp_size) // tp_size
+@dataclass(frozen=True)
+class Layout:
+    """How Megatron's full tensor is made, and how tensor parallelism cuts it."""
+
+    dim: int | None
+    """The dimension that is cut; None when every rank holds the whole."""
+    merge: Callable[[Sequence[torch.Tensor], ModelShape], torch.Tensor] = _first
+    split: Callable[[torch.Tensor, ModelShape], list[torch.Tensor]] = _alone
+    stride: int = 1
+    """Equal parts along `dim` that are cut each on its own and stacked again on every rank."""
+    is_padded: bool = False
+    """Whether rows of zeros fill the last ranks up to the padded vocabulary."""
+
+    def cut(self, full: torch.Tensor, *, tp_size: int, tp_rank: int) -> torch.Tensor:
+        """Rank `tp_rank`'s part of a full tensor; a view of it where one part is all."""
+        if self.dim is None:
+            return full
+        if self.is_padded:
+            return _padded_rows(full, tp_size, tp_rank)
+        if full.shape[self.dim] % (self.stride * tp_size):
+            raise Indivisible(full.shape[self.dim] // self.stride)
+        parts = [part.chunk(tp_size, self.dim)[tp_rank] for part in full.chunk(self.stride, self.dim)]
+        return _concatenate(parts, self.dim)
+
+    def uncut(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The inverse of `cut`, given every rank's part in rank order; padding stays."""
+        if self.dim is None or len(shards) == 1:
+            return shards[0]
+        pieces = [shard.chunk(self.stride, self.dim) for shard in shards]  # [tp][stride]
+        return _concatenate([piece for part in zip(*pieces, strict=True) for piece in part], self.dim)
+
+
+def _concatenate(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _padded_rows(full: torch.Tensor, tp_size: int, tp_rank: int) -> torch.Tensor:
+    num_rows = padded_vocab_size(full.shape[0], tp_size) // tp_size
     real = full[tp_rank * num_rows : (tp_rank + 1) * num_rows]  # [<= rows, H]  empty on a rank of padding only
     if real.shape[0] == num_rows:
         return real
     return torch.cat([real, real.new_zeros(num_rows - real.shape[0], full.shape[1])])
 
 
-def _join_vocab(shards: Sequence[torch.Tensor], shape: ModelShape) -> list[torch.Tensor]:
-    return [_concatenate(shards, 0)[: shape.vocab_size]]
+def _without_padding(full: torch.Tensor, shape: ModelShape) -> list[torch.Tensor]:
+    return [full[: shape.vocab_size]]
 
 
-def _shard_qkv(tensors: Sequence[torch.Tensor], shape: ModelShape, tp_size: int, tp_rank: int) -> torch.Tensor:
+def _merge_qkv(tensors: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
     groups = [part.unflatten(0, (shape.num_query_groups, -1)) for part in tensors]  # [G, heads_in_group * D, ...]
-    return _cut(torch.cat(groups, 1).flatten(0, 1), 0, tp_size, tp_rank)
+    return torch.cat(groups, 1).flatten(0, 1)
 
 
-def _join_qkv(shards: Sequence[torch.Tensor], shape: ModelShape) -> list[torch.Tensor]:
+def _split_qkv(full: torch.Tensor, shape: ModelShape) -> list[torch.Tensor]:
     head = shape.kv_channels
     queries = shape.num_attention_heads // shape.num_query_groups * head
-    fused = _concatenate(shards, 0).unflatten(0, (shape.num_query_groups, -1))  # [G, (queries + 2 * D), ...]
+    fused = full.unflatten(0, (shape.num_query_groups, -1))  # [G, (queries + 2 * D), ...]
     return [part.flatten(0, 1) for part in fused.split([queries, head, head], 1)]
 
 
-def _shard_gate_up(tensors: Sequence[torch.Tensor], shape: ModelShape, tp_size: int, tp_rank: int) -> torch.Tensor:
-    return torch.cat([_cut(part, 0, tp_size, tp_rank) for part in tensors])
-
-
-def _join_gate_up(shards: Sequence[torch.Tensor], shape: ModelShape) -> list[torch.Tensor]:
-    halves = [shard.chunk(2) for shard in shards]
-    return [_concatenate(part, 0) for part in zip(*halves, strict=True)]
-
-
 LAYOUTS = {
-    "replicated": Layout(
-        shard=lambda tensors, shape, tp_size, tp_rank: tensors[0],
-        join=lambda shards, shape: [shards[0]],
-        is_cut=False,
+    "replicated": Layout(dim=None),
+    "column": Layout(dim=0),
+    "row": Layout(dim=1),
+    "vocab": Layout(dim=0, split=_without_padding, is_padded=True),
+    "qkv": Layout(dim=0, merge=_merge_qkv, split=_split_qkv),
+    "gate_up": Layout(
+        dim=0,
+        merge=lambda tensors, shape: torch.cat(list(tensors)),
+        split=lambda full, shape: list(full.chunk(2)),
+        stride=2,
     ),
-    "column": Layout(
-        shard=lambda tensors, shape, tp_size, tp_rank: _cut(tensors[0], 0, tp_size, tp_rank),
-        join=lambda shards, shape: [_concatenate(shards, 0)],
-    ),
-    "row": Layout(
-        shard=lambda tensors, shape, tp_size, tp_rank: _cut(tensors[0], 1, tp_size, tp_rank),
-        join=lambda shards, shape: [_concatenate(shards, 1)],
-    ),
-    "vocab": Layout(shard=_shard_vocab, join=_join_vocab),
-    "qkv": Layout(shard=_shard_qkv, join=_join_qkv),
-    "gate_up": Layout(shard=_shard_gate_up, join=_join_gate_up),
 }
