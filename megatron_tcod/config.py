@@ -121,7 +121,7 @@ class TrainingConfig:
     async_save: bool = False
     """Write checkpoints in a thread beside training, from a copy in host memory; at most one at a time."""
     save_hf: bool = False
-    """Add model.safetensors to every checkpoint. The last one always has it, others are exported by megatron_tcod.export."""
+    """Add model.safetensors to every checkpoint. The last one always has it, tools/convert_checkpoint.py exports any."""
     allow_pickle: bool = False
     """Resume with stock torch, which runs whatever code a checkpoint's files hold. Only for files you trust."""
     trajectory_interval: int = Field(default=1, ge=1)

@@ -40,6 +40,7 @@ from megatron_tcod.model.mapping import CONFIG_FILE, check_tensors, read_hf_conf
 from megatron_tcod.model.parallel import ParallelLayout
 from megatron_tcod.model.parts_writer import PartsWriter
 from megatron_tcod.model.shape import ModelShape
+from megatron_tcod.model.sharded_files import open_weights
 from megatron_tcod.model.weight_files import (
     MANIFEST_FILE,
     TensorWriter,
@@ -307,7 +308,7 @@ def checkpoint_to_hf(source: Path, target: Path, *, max_part_bytes: int) -> int:
         raise ValueError(f"{source} has no {MANIFEST_FILE}: no training checkpoint; pass a step_* directory of a run")
     verify_manifest(source)
     family, shape = read_hf_config(source)
-    with WeightFiles(source) as files:
+    with open_weights(source, family, shape) as files:
         check_tensors(files, family, shape)
         names = [(name, size) for slot in family.slots(shape) for name, size in slot.hf_shapes(shape).items()]
         plan = [(name, files.dtypes[name], size) for name, size in names]

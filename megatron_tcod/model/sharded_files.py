@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_tcod.model import parallel
 from megatron_tcod.model.families.family import Family
+from megatron_tcod.model.families.rules import Slot
 from megatron_tcod.model.safe_reader import METADATA_FILE, SafeFileReader, SafeLoadPlanner
 from megatron_tcod.model.shape import ModelShape
 from megatron_tcod.model.weight_files import INDEX_FILE, SINGLE_FILE, WeightFiles
@@ -50,6 +51,8 @@ FUSED_NORMS = {
     ".pre_mlp_layernorm.weight": ".mlp.linear_fc1.layer_norm_weight",
 }
 """Megatron files a layer's two norms under the projection behind them, where Transformer Engine keeps them."""
+KEPT_TENSORS = 2
+"""Of a layer's experts, what goes in and what comes out."""
 
 
 class _Writer(AsyncSaveShardedStrategy):
@@ -184,8 +187,9 @@ def _reasons(error: BaseException) -> str:
 
 
 class ShardedWeights(Mapping[str, Tensor]):
-    """The model of a sharded checkpoint under Hugging Face names, one slot in memory at a time; a `WeightFiles` to its
-    callers. One process, no group needed."""
+    """The model of a sharded checkpoint under Hugging Face names; a `WeightFiles` to its callers. One process, no group.
+
+    In memory at a time are two slots, or what a layer's experts have in and out."""
 
     def __init__(self, directory: str | Path, family: Family, shape: ModelShape) -> None:
         self.directory = Path(directory)
@@ -196,28 +200,34 @@ class ShardedWeights(Mapping[str, Tensor]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for slot in family.slots(shape):
-            if isinstance(entry := self._stored.get(sharded_key(slot.megatron)), TensorStorageMetadata):
-                full = slot.join([torch.empty(entry.size, device="meta")], shape)
+            if isinstance(entry := self._stored.get(sharded_key(slot)), TensorStorageMetadata):
+                size = entry.size if slot.expert is None else entry.size[1:]
+                full = slot.join([torch.empty(size, device="meta")], shape)
                 for name, tensor in zip(slot.hf, full, strict=True):
                     self.shapes[name], self.dtypes[name] = tuple(tensor.shape), entry.properties.dtype
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        self._kept: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.shapes:
             raise KeyError(name)
         slot = self._slots[name]
-        if self._last[0] != slot.megatron:
-            full = self._read(sharded_key(slot.megatron))
-            self._last = (slot.megatron, dict(zip(slot.hf, slot.join([full], self._shape), strict=True)))
-        return self._last[1][name]
+        stored = self._read(sharded_key(slot))
+        full = slot.join([stored if slot.expert is None else stored[slot.expert]], self._shape)
+        return dict(zip(slot.hf, full, strict=True))[name]
 
     def _read(self, key: str) -> Tensor:
+        """A stored tensor; the last few stay in memory, for a slot or a layer of experts is asked for in pieces."""
+        if key in self._kept:
+            return self._kept[key]
         entry = self._stored[key]
         state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
         try:
             dcp.load(state, storage_reader=self._reader, planner=DefaultLoadPlanner(), no_dist=True)
         except (CheckpointException, RuntimeError, OSError, KeyError) as error:
             raise ValueError(f"{self.directory}: cannot read {key}: {_reasons(error)}; restore the directory") from None
+        while len(self._kept) >= KEPT_TENSORS:
+            self._kept.pop(next(iter(self._kept)))
+        self._kept[key] = state[key]
         return state[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -230,11 +240,12 @@ class ShardedWeights(Mapping[str, Tensor]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._last = ("", {})
+        self._kept.clear()
 
 
-def sharded_key(name: str) -> str:
-    """What Megatron files a parameter of the whole model under."""
+def sharded_key(slot: Slot) -> str:
+    """What Megatron files a parameter of the whole model under; all experts of a layer lie stacked in one tensor."""
+    name = slot.megatron.replace(f".local_experts.{slot.expert}.", ".experts.")
     for own, fused in FUSED_NORMS.items():
         if name.endswith(own):
             return name.removesuffix(own) + fused

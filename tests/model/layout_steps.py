@@ -20,6 +20,7 @@ from megatron_tcod.model import build, parallel
 from megatron_tcod.model.build import Recompute
 from megatron_tcod.model.families import kind_of, rules
 from megatron_tcod.model.parallel import ParallelLayout
+from megatron_tcod.model.shape import ExpertShape
 from megatron_tcod.model.student import OptimizerSettings, Student
 from megatron_tcod.model.teacher import Teacher
 from megatron_tcod.objective import make_objective
@@ -42,6 +43,7 @@ class Case:
     cp: int = 1
     sequence_parallel: bool = False
     is_tied: bool = False
+    has_experts: bool = False
     recompute: Recompute = Recompute()
     distributed_optimizer: bool = False
     dtype: torch.dtype = torch.float32
@@ -71,6 +73,7 @@ class Case:
         words += [f"cp{self.cp}"] if self.cp > 1 else []
         words += ["sp"] if self.sequence_parallel else []
         words += ["tied"] if self.is_tied else []
+        words += ["experts"] if self.has_experts else []
         words += [str(value) for value in vars(self.recompute).values() if value]
         words += ["distributed_optimizer"] if self.distributed_optimizer else []
         words += [str(self.dtype).removeprefix("torch.")] if self.dtype != torch.float32 else []
@@ -80,8 +83,9 @@ class Case:
         return "-".join(words)
 
 
-def shapes(is_tied: bool):
-    student = tiny_shape(tie_word_embeddings=is_tied, qk_layernorm=True, add_qkv_bias=True)
+def shapes(is_tied: bool, has_experts: bool = False):
+    experts = ExpertShape(num_experts=4, num_experts_per_token=2, ffn_hidden_size=32) if has_experts else None
+    student = tiny_shape(tie_word_embeddings=is_tied, qk_layernorm=True, add_qkv_bias=True, experts=experts)
     sizes = dict(num_layers=2, hidden_size=32, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=64)
     teacher = tiny_shape(vocab_size=VOCAB + 23, **sizes)  # padded otherwise, so cut at other tokens
     return student, teacher
@@ -93,7 +97,7 @@ def run_step(
     """One step on this rank's share of the microbatches: full gradients and weights by name, loss, norm and the loss
     after the step; per-token figures by replica."""
     parallel.initialize(case.layout)
-    student_shape, teacher_shape = shapes(case.is_tied)
+    student_shape, teacher_shape = shapes(case.is_tied, case.has_experts)
     student = Student(
         student_shape,
         case.layout,

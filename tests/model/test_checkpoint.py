@@ -22,11 +22,13 @@ from megatron_tcod.model.families import find_family
 from megatron_tcod.model.mapping import export_hf, hf_plan, load_named
 from megatron_tcod.model.optimizer_state import AdamState
 from megatron_tcod.model.parallel import ParallelLayout
+from megatron_tcod.model.shape import ExpertShape
 from megatron_tcod.model.sharded_files import ShardedWeights
 from megatron_tcod.model.student import OptimizerSettings, Student
 
 FAMILY = find_family("qwen3")
 SHAPE = tiny_shape(qk_layernorm=True, tie_word_embeddings=True, hidden_size=32, ffn_hidden_size=48, kv_channels=8)
+EXPERTS = dataclasses.replace(SHAPE, experts=ExpertShape(num_experts=4, num_experts_per_token=2, ffn_hidden_size=16))
 SETTINGS = OptimizerSettings(lr=0.02, lr_decay_style="cosine", lr_warmup_iters=2, lr_decay_iters=8, weight_decay=0.1)
 SAVED_AT, STEPS = 3, 6
 LAYOUTS = {
@@ -35,10 +37,15 @@ LAYOUTS = {
     "pp2": ParallelLayout(pipeline_model_parallel_size=2),
     "tp4": ParallelLayout(tensor_model_parallel_size=4),
     "tp2_pp2": ParallelLayout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+    "tp2_sp": ParallelLayout(tensor_model_parallel_size=2, sequence_parallel=True),
     "pp2_cp2": ParallelLayout(pipeline_model_parallel_size=2, context_parallel_size=2),
     "pp2_vpp2": ParallelLayout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
 }
 RESUMES = [("tp2", "tp2"), ("tp2_pp2", "tp2_pp2"), ("tp2_pp2", "dp"), ("tp2", "pp2_vpp2"), ("pp2", "tp4")]
+
+
+def family_of(shape):
+    return find_family("qwen3_moe") if shape.experts else FAMILY
 
 
 def new_student(layout=None, *, seed=1, shape=SHAPE, dtype=torch.float32):
@@ -50,10 +57,10 @@ def train(student, start, stop, shape=SHAPE):
     for step in range(start, stop):
         generator = torch.Generator().manual_seed(step)
         gradients = {
-            name: torch.randn(size, generator=generator) for name, _, size in hf_plan(FAMILY, shape, torch.float32)
+            name: torch.randn(size, generator=generator) for name, _, size in hf_plan(family_of(shape), shape, torch.float32)
         }
         load_named(
-            student.chunks, FAMILY, shape, gradients, write=lambda parameter, part: parameter.main_grad.copy_(part)
+            student.chunks, family_of(shape), shape, gradients, write=lambda parameter, part: parameter.main_grad.copy_(part)
         )
         student.optimizer.prepare_grads()
         student.optimizer.step_with_ready_grads()
@@ -61,17 +68,18 @@ def train(student, start, stop, shape=SHAPE):
 
 
 def weights(student, shape=SHAPE):
-    return {name: tensor.clone() for name, tensor in export_hf(student.chunks, FAMILY, shape)}
+    return {name: tensor.clone() for name, tensor in export_hf(student.chunks, family_of(shape), shape)}
 
 
 def adam(student, shape=SHAPE):
     """Every optimizer tensor in full, gathered by the Hugging Face export; collective."""
     state = AdamState(student.chunks, student.optimizer)
     kinds = list(state.tensors(next(build.named_parameters(student.chunks))[1]))
+    model = student.chunks, family_of(shape), shape
     return {"step": torch.tensor(state.scalars()["step"])} | {
         f"{kind}.{name}": tensor.clone()
         for kind in kinds
-        for name, tensor in export_hf(student.chunks, FAMILY, shape, read=lambda p, kind=kind: state.tensors(p)[kind])
+        for name, tensor in export_hf(*model, read=lambda p, kind=kind: state.tensors(p)[kind])
     }
 
 
@@ -80,7 +88,7 @@ def save_student(root, student, step, *, shape=SHAPE, **more):
         root,
         step=step,
         chunks=student.chunks,
-        family=FAMILY,
+        family=family_of(shape),
         shape=shape,
         optimizer=student.optimizer,
         scheduler=student.scheduler,
@@ -92,7 +100,7 @@ def load_student(root, student, *, shape=SHAPE):
     return load_latest(
         root,
         chunks=student.chunks,
-        family=FAMILY,
+        family=family_of(shape),
         shape=shape,
         optimizer=student.optimizer,
         scheduler=student.scheduler,
@@ -130,23 +138,28 @@ def resume_worker(root):
         # a vectorised CPU kernel may round the tail of a shard by another instruction than its middle
         for name, tensor in weights(student).items():
             torch.testing.assert_close(tensor, uninterrupted[0][name], rtol=1e-6, atol=1e-7, msg=f"{where} {name}")
-    check_chain(root / "chain")
+    check_chain(root / "chain", SHAPE, ("tp2", "pp2_cp2", "pp2", "dp", "tp2_pp2"))
+    check_chain(root / "experts", EXPERTS, ("tp2_sp", "pp2", "dp"))
     check_errors_reach_every_rank(root)
     parallel.shutdown()
 
 
-def check_chain(root):
+def check_chain(root, shape, layouts):
     """One checkpoint goes from layout to layout, saved again in each: not a bit of weights and moments changes."""
     digests = set()
-    for number, layout in enumerate(("tp2", "pp2_cp2", "pp2", "dp", "tp2_pp2")):
+    for number, layout in enumerate(layouts):
         parallel.initialize(LAYOUTS[layout])
-        student = new_student(LAYOUTS[layout], seed=number)
+        student = new_student(LAYOUTS[layout], seed=number, shape=shape)
         if number == 0:
-            train(student, 0, SAVED_AT)
+            train(student, 0, SAVED_AT, shape)
+            kept = weights(student, shape), adam(student, shape)
         else:
-            load_student(root / f"{number - 1}", student)
-        path = save_student(root / f"{number}", student, SAVED_AT, with_hf_weights=False)
-        digests.add(digest_of(path, vocab_size=SHAPE.vocab_size))
+            load_student(root / f"{number - 1}", student, shape=shape)
+        assert same(weights(student, shape), kept[0]) and same(adam(student, shape), kept[1]), layout
+        path = save_student(root / f"{number}", student, SAVED_AT, shape=shape, with_hf_weights=False)
+        with ShardedWeights(path, family_of(shape), shape) as stored:
+            assert same(dict(stored), kept[0]), layout
+        digests.add(digest_of(path, vocab_size=shape.vocab_size))
     assert len(digests) == 1
 
 

@@ -7,6 +7,9 @@ import pickle
 import random
 import re
 import shutil
+import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +17,14 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from test_checkpoint import FAMILY, FILES, SHAPE, load_student, new_student, save_student, train, weights
 
-from megatron_tcod.export import export_checkpoint
-from megatron_tcod.export import main as export
 from megatron_tcod.model import checkpoint, parallel, safe_reader
 from megatron_tcod.model.checkpoint import find_latest
 from megatron_tcod.model.parallel import ParallelLayout
 from megatron_tcod.model.sharded_files import ShardedWeights, read_sharded
 from megatron_tcod.model.weight_files import verify_manifest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import convert_checkpoint  # noqa: E402
 
 NUM_FLIPS, NUM_TRUNCATIONS = 1000, 200
 
@@ -86,7 +90,8 @@ def test_a_damaged_checkpoint_is_no_student_and_is_not_exported(root, tmp_path):
     path = root / "step_0000002"
     data = (path / "__0_0.distcp").read_bytes()
     (path / "__0_0.distcp").write_bytes(flip(data, random.Random(3)))
-    for use in (verify_if_listed, lambda path: export_checkpoint(path, tmp_path / "out")):
+    export = partial(convert_checkpoint.checkpoint_to_hf, target=tmp_path / "out", max_part_bytes=10**9)
+    for use in (verify_if_listed, export):
         with pytest.raises(ValueError, match="__0_0.distcp has sha256"):
             use(path)
     assert not (tmp_path / "out").exists()
@@ -268,7 +273,7 @@ def test_every_name_that_real_metadata_needs_is_allowed_and_hardly_more(root):
     assert all(isinstance(value, torch.dtype) or value.__module__.startswith("pathlib") for value in surplus)
 
 
-def test_a_checkpoint_without_hugging_face_weights_is_a_model_directory_and_exports_to_one(tmp_path):
+def test_a_checkpoint_without_hugging_face_weights_is_a_model_directory_and_exports_to_one(tmp_path, capsys):
     import transformers
 
     student = new_student()
@@ -278,12 +283,13 @@ def test_a_checkpoint_without_hugging_face_weights_is_a_model_directory_and_expo
     with ShardedWeights(path, FAMILY, SHAPE) as stored:
         assert stored.keys() == weights(student).keys()
         assert all(torch.equal(stored[name], tensor) for name, tensor in weights(student).items())
-    assert export(["--checkpoint", str(path), "--output", str(tmp_path / "out")]) == 0
+    arguments = ["--direction", "checkpoint-to-hf", "--input", str(path), "--output", str(tmp_path / "out")]
+    assert convert_checkpoint.main(arguments) == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights(student).items())
     assert not [name for name in os.listdir(tmp_path / "out") if "distcp" in name]
-    with pytest.raises(ValueError, match="exists already"):
-        export_checkpoint(path, tmp_path / "out")
+    assert convert_checkpoint.main(arguments) == 2
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_generators_go_back_where_they_were(tmp_path):

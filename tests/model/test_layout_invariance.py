@@ -34,6 +34,8 @@ CASES = [
     Case(world=2, tp=2, sequence_parallel=True),
     Case(world=2, cp=2),
     Case(world=2, recompute=SELECTIVE, distributed_optimizer=True),
+    Case(world=2, pp=2, has_experts=True),
+    Case(world=2, tp=2, sequence_parallel=True, has_experts=True),  # without, Megatron refuses
     Case(world=2, tp=2, teacher=(1, 1)),
     Case(world=2, teacher=(1, 2), offload=True),
     Case(world=2, pp=2, virtual=2, teacher=(2, 1)),
@@ -61,15 +63,16 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference():
-    """is_tied -> tensors and figures of one process with one microbatch."""
-    found = {is_tied: run_step(Case(is_tied=is_tied), WHOLE) for is_tied in (False, True)}
+    """(is_tied, has_experts) -> tensors and figures of one process with one microbatch."""
+    models = [(False, False), (True, False), (False, True)]
+    found = {(tied, experts): run_step(Case(is_tied=tied, has_experts=experts), WHOLE) for tied, experts in models}
     yield found
     parallel.shutdown()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_weights_gradient_and_figures_of_one_step_are_invariant_to_the_parallel_layout(runs, reference, case):
-    expected, figures = reference[case.is_tied]
+    expected, figures = reference[case.is_tied, case.has_experts]
     actual, gathered = read_case(runs, case)
     assert_equal_step(actual, expected)
     for key, values in figures[0][0].items():
