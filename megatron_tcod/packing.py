@@ -82,14 +82,15 @@ class Unit:
     """Tokens, and pairs of a query and a key at `pair_cost` tokens each."""
 
 
-def make_unit(rows: list[WeightedRow], pair_cost: float, prefix_tree: bool) -> Unit:
-    forest = lay_out(rows, prefix_tree)
+def make_unit(rows: list[WeightedRow], pair_cost: float, least_shared: int | None) -> Unit:
+    forest = lay_out(rows, least_shared)
     return Unit(rows, forest.num_tokens, forest.num_tokens + pair_cost * forest.num_pairs)
 
 
-def lay_out(rows: Sequence[WeightedRow], prefix_tree: bool) -> Forest:
+def lay_out(rows: Sequence[WeightedRow], least_shared: int | None) -> Forest:
+    """The rows as a forest whose branches have at least `least_shared` tokens in common; None shares nothing."""
     ids = [weighted.row.token_ids for weighted in rows]
-    return build_forest(ids, least=LEAST_SHARED) if prefix_tree else separate(ids)
+    return build_forest(ids, least=least_shared) if least_shared else separate(ids)
 
 
 def units_of(
@@ -97,7 +98,7 @@ def units_of(
 ) -> list[Unit]:
     """One unit a row, or a task; a task's is halved until its distinct tokens fit `max_tokens`."""
     if not prefix_tree:
-        return [make_unit([row], pair_cost, prefix_tree) for row in rows]
+        return [make_unit([row], pair_cost, None) for row in rows]
     by_task: dict[tuple[str, str, str], list[WeightedRow]] = {}
     for row in rows:
         task = episodes[row.episode_id].task
@@ -105,7 +106,7 @@ def units_of(
     waiting, units = [], []
     for together in by_task.values():
         order = in_preorder([weighted.row.token_ids for weighted in together])
-        waiting.append(make_unit([together[index] for index in order], pair_cost, prefix_tree))
+        waiting.append(make_unit([together[index] for index in order], pair_cost, LEAST_SHARED))
     while waiting:
         unit = waiting.pop()
         if unit.num_tokens > max_tokens and len(unit.rows) > 1:
@@ -118,7 +119,7 @@ def units_of(
 def halves(unit: Unit, pair_cost: float) -> list[Unit]:
     """The unit's rows in two, those that share most still together: they are in preorder."""
     middle = len(unit.rows) // 2
-    return [make_unit(part, pair_cost, True) for part in (unit.rows[:middle], unit.rows[middle:])]
+    return [make_unit(part, pair_cost, LEAST_SHARED) for part in (unit.rows[:middle], unit.rows[middle:])]
 
 
 def deal(units: Sequence[Unit], num_ranks: int) -> list[list[Unit]]:
@@ -176,10 +177,10 @@ def _try_bins(units: Sequence[Unit], num_bins: int, max_tokens: int) -> list[lis
 
 
 def build_microbatch(
-    rows: Sequence[WeightedRow], device: torch.device | str = "cpu", *, prefix_tree: bool = False
+    rows: Sequence[WeightedRow], device: torch.device | str = "cpu", *, least_shared: int | None = None
 ) -> Microbatch:
     """Rows back to back, or as a forest where they share prefixes; at least one row."""
-    forest = lay_out(rows, prefix_tree)
+    forest = lay_out(rows, least_shared)
     is_shared = any(segment.parent >= 0 for segment in forest.segments) or len(forest.segments) < len(rows)
     starts = [0]  # [B+1] of each segment in the packed tokens
     token_ids: list[int] = []
@@ -256,6 +257,8 @@ def pack(
     units = units_of(rows, episodes, max_tokens=max_tokens, pair_cost=pair_cost, prefix_tree=prefix_tree)
     own = deal_evenly(units, dp_size, pair_cost)[dp_rank]
     return [
-        build_microbatch([row for unit in together for row in unit.rows], device, prefix_tree=prefix_tree)
+        build_microbatch(
+            [row for unit in together for row in unit.rows], device, least_shared=LEAST_SHARED if prefix_tree else None
+        )
         for together in fill_bins(own, max_tokens)
     ]
