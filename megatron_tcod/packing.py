@@ -142,8 +142,8 @@ def deal_evenly(units: list[Unit], num_ranks: int, pair_cost: float) -> list[lis
             break
         units = [unit for unit in units if unit is not heaviest] + halves(heaviest, pair_cost)
         tried = deal(units, num_ranks)
-        if max(map(total_cost, tried)) >= total_cost(busiest):
-            break
+        if sorted(map(total_cost, tried), reverse=True) >= sorted(map(total_cost, shares), reverse=True):
+            break  # of equally busy ranks one comes after the other, hence all loads are compared
         shares = tried
     return shares
 
