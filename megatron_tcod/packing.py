@@ -251,7 +251,7 @@ def pack(
     where this rank has nothing to train. `episode_ids` index `episodes`.
 
     prefix_tree: rows of a task share the tokens that they have in common at their start. pair_cost: what a pair of a query
-    and a key costs, in tokens' worth of the rest of the layer (`ModelShape.pair_cost`).
+    and a key costs, in tokens' worth of the rest of the layer (`model/segments.py::cost_of_pair`).
     """
     rows = weigh(episodes, aggregation)
     units = units_of(rows, episodes, max_tokens=max_tokens, pair_cost=pair_cost, prefix_tree=prefix_tree)

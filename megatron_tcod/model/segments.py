@@ -88,6 +88,15 @@ class SegmentPlan:
         )
 
 
+def cost_of_pair(shape: Any) -> float:
+    """What a pair of a query and a key costs in a layer of a `ModelShape`, in tokens' worth of its matrix products.
+
+    Multiplications: 2 n D a pair, for the score and the sum of values; the size of the layer's matrices a token.
+    """
+    queries, keys = (heads * shape.kv_channels for heads in (shape.num_attention_heads, shape.num_query_groups))
+    return 2 * queries / (shape.hidden_size * (2 * queries + 2 * keys + 3 * shape.ffn_hidden_size))
+
+
 def kv_index(cu_seqlens: Tensor, parents: Tensor) -> Tensor:
     """Packed tokens that each segment sees, segment after segment: [sum of `path_lengths`] int64."""
     bounds = cu_seqlens.tolist()
