@@ -5,7 +5,7 @@
 
 Rows of a packed microbatch attend only to themselves, and those that share a prefix attend to it together. `PackedRows`
 works out once per microbatch what every layer needs: the rotation of each token, and how segments are laid side by side
-for attention (`segments.py`).
+for attention (`segments.py`, or a kernel of `flash_attention.py` where there is one).
 
 RoPE is applied here and not by Megatron, which splits the packed tensor into rows and takes cos and sin anew for q and
 k in every layer; the model is therefore built with `position_embedding_type="none"`.
@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_tcod.model.flash_attention import find_kernel
 from megatron_tcod.model.segments import SegmentPlan, kv_index, path_lengths, segment_attention
 from megatron_tcod.trajectory import first_positions
 
@@ -111,7 +112,10 @@ class PackedAttention(MegatronModule):
         assert isinstance(packed_seq_params, PackedRows), "pass PackedRows as packed_seq_params"
         rows = packed_seq_params
         query, key = _Rotate.apply(query, rows.cos, rows.sin), _Rotate.apply(key, rows.cos, rows.sin)
-        return segment_attention(query, key, value, rows.plan, scale=self.scale).flatten(1)
+        kernel = find_kernel(query.device.type, query.dtype)
+        if kernel is None:
+            return segment_attention(query, key, value, rows.plan, scale=self.scale).flatten(1)
+        return kernel(query, key, value, rows, scale=self.scale).flatten(1)
 
 
 class _RMSNorm(torch.autograd.Function):

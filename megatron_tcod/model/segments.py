@@ -146,8 +146,6 @@ class _GatherQueries(torch.autograd.Function):
 
 
 class _GatherKeys(torch.autograd.Function):
-    """Packed [T, n, D] -> slots [NK, n, D]; backward sums over the slots of a token, in fp32 or wider."""
-
     @staticmethod
     def forward(ctx: Any, packed: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
@@ -177,6 +175,11 @@ class _TakeTokens(torch.autograd.Function):
         return padded.index_copy_(0, plan.slots, grad), None
 
 
+def gather_keys(packed: Tensor, index: Tensor) -> Tensor:
+    """Packed [T, n, D] -> [NK, n, D]; a token may stand in many slots, whose gradients are summed in fp32 or wider."""
+    return _GatherKeys.apply(packed, index)
+
+
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, *, scale: float) -> Tensor:
     """Causal attention along each row. query [T, n, D], key and value [T, n_kv, D] -> [T, n, D]."""
     if not plan.groups:
@@ -185,7 +188,7 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPl
     if plan.key_index is None:
         key, value = _GatherQueries.apply(key, plan), _GatherQueries.apply(value, plan)
     else:
-        key, value = _GatherKeys.apply(key, plan.key_index), _GatherKeys.apply(value, plan.key_index)  # [NK, n_kv, D]
+        key, value = gather_keys(key, plan.key_index), gather_keys(value, plan.key_index)  # [NK, n_kv, D]
     query_sizes = [group.num * group.length for group in plan.groups]
     key_sizes = [group.num * (group.before + group.length) for group in plan.groups]
     parts = zip(plan.groups, query.split(query_sizes), key.split(key_sizes), value.split(key_sizes), strict=True)

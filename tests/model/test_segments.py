@@ -2,13 +2,15 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import microbatch_of
 
-from megatron_tcod.model import segments
+from megatron_tcod.model import flash_attention, segments
+from megatron_tcod.model.layers import PackedRows
 from megatron_tcod.model.segments import SegmentPlan, kv_index, path_lengths, segment_attention
 
 
@@ -133,3 +135,45 @@ def test_gradient_of_a_shared_key_in_bfloat16_is_summed_in_fp32():
     segment_attention(*narrow, plan, scale=0.3).sum().backward()
     truth, ours = qkv[2].grad[:40], narrow[2].grad[:40]
     assert (ours - truth).norm() <= 2 * (truth.bfloat16() - truth).norm() + 4e-3 * truth.norm()
+
+
+def varlen_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale):
+    """A stand-in with a kernel's signature: right, and slow."""
+    assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
+    return bottom_right_attention(q.float(), k.float(), v.float(), cu_q, cu_k, scale).to(q.dtype)
+
+
+def top_left_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale):
+    """The mask of FlashAttention before 2.1: query i sees the first i + 1 keys."""
+    outputs = []
+    for (q_start, q_stop), (k_start, _) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        keys = slice(k_start, k_start + q_stop - q_start)
+        outputs.append(row_attention(q[q_start:q_stop].float(), k[keys].float(), v[keys].float(), scale).to(q.dtype))
+    return torch.cat(outputs)
+
+
+def broken_kernel(*args):
+    raise RuntimeError("no kernel image is available for execution on the device")
+
+
+def test_only_a_kernel_that_attends_right_is_taken_and_the_others_are_named(caplog):
+    wrong = {"absent": None, "top left": top_left_kernel, "broken": broken_kernel}
+    assert flash_attention.choose_kernel(wrong, "cpu", torch.bfloat16) is None
+    assert [record.args[0] for record in caplog.records if record.levelname == "WARNING"] == ["top left", "broken"]
+    assert flash_attention.choose_kernel({**wrong, "right": varlen_kernel}, "cpu", torch.bfloat16) is not None
+    assert flash_attention.find_kernel("cpu", torch.bfloat16) is None
+    assert flash_attention.find_kernel("cuda", torch.float32) is None
+
+
+@pytest.mark.parametrize("least", [1, None])
+def test_a_kernel_gets_rows_and_forests_so_that_outputs_and_gradients_are_those_of_the_reference(least):
+    microbatch = microbatch_of([[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2], [7, 8, 9], [1, 2, 3, 4, 4]], least=least)
+    bounds, parents = microbatch.cu_seqlens, microbatch.parents
+    rows = PackedRows.build(bounds, parents, head_dim=8, rotary_base=1e4, dtype=torch.float64)
+    qkv = draw_qkv(microbatch.num_tokens, 2, 3)
+
+    def kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale):
+        return bottom_right_attention(q, k, v, cu_q, cu_k, scale)
+
+    out = flash_attention.attend(kernel, *qkv, rows, scale=0.3)
+    assert_rows_attend_alone([place.tokens for place in microbatch.rows()], qkv, out, 3)

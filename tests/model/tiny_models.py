@@ -53,7 +53,7 @@ def pack_rows(rows: list[tuple[list[int], list[int], list[float]]]) -> Microbatc
     )
 
 
-def microbatch_of(rows: list[list[int]], *, least: int, seed: int = 0) -> Microbatch:
+def microbatch_of(rows: list[list[int]], *, least: int | None, seed: int = 0) -> Microbatch:
     """Rows as a forest whose branches share at least `least` tokens; about half of the tokens trained."""
     draw = random.Random(seed)
     weighted = []
