@@ -103,17 +103,18 @@ def units_of(
     for row in rows:
         task = episodes[row.episode_id].task
         by_task.setdefault((task.env, task.split, task.task_id), []).append(row)
-    waiting, units = [], []
+    units = []
     for together in by_task.values():
         order = in_preorder([weighted.row.token_ids for weighted in together])
-        waiting.append(make_unit([together[index] for index in order], pair_cost, LEAST_SHARED))
-    while waiting:
-        unit = waiting.pop()
-        if unit.num_tokens > max_tokens and len(unit.rows) > 1:
-            waiting += halves(unit, pair_cost)
-        else:
-            units.append(unit)
+        units += fitting(make_unit([together[index] for index in order], pair_cost, LEAST_SHARED), max_tokens, pair_cost)
     return units
+
+
+def fitting(unit: Unit, max_tokens: int, pair_cost: float) -> list[Unit]:
+    """The unit, or its parts of at most `max_tokens` tokens or one row."""
+    if unit.num_tokens <= max_tokens or len(unit.rows) == 1:
+        return [unit]
+    return [part for half in halves(unit, pair_cost) for part in fitting(half, max_tokens, pair_cost)]
 
 
 def halves(unit: Unit, pair_cost: float) -> list[Unit]:
