@@ -89,6 +89,14 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, *, scale: float) -> Tensor:
+    """Causal attention along each row. query [T, n, D], key and value [T, n_kv, D] -> [T, n, D]."""
+    kernel = find_kernel(query.device.type, query.dtype)
+    if kernel is None:
+        return segment_attention(query, key, value, rows.plan, scale=scale)
+    return kernel(query, key, value, rows, scale=scale)
+
+
 class PackedAttention(MegatronModule):
     """The `core_attention` of a layer, RoPE included; `packed_seq_params` must be `PackedRows`."""
 
@@ -112,10 +120,7 @@ class PackedAttention(MegatronModule):
         assert isinstance(packed_seq_params, PackedRows), "pass PackedRows as packed_seq_params"
         rows = packed_seq_params
         query, key = _Rotate.apply(query, rows.cos, rows.sin), _Rotate.apply(key, rows.cos, rows.sin)
-        kernel = find_kernel(query.device.type, query.dtype)
-        if kernel is None:
-            return segment_attention(query, key, value, rows.plan, scale=self.scale).flatten(1)
-        return kernel(query, key, value, rows, scale=self.scale).flatten(1)
+        return packed_attention(query, key, value, rows, scale=self.scale).flatten(1)
 
 
 class _RMSNorm(torch.autograd.Function):
