@@ -20,16 +20,22 @@ a whole step, is halved: its parts compute their common prefix each.
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 
 from megatron_tcod.prefix_tree import Forest, build_forest, in_preorder, separate
 from megatron_tcod.trajectory import Episode, Microbatch, TokenRow
 
 AGGREGATIONS = ("token_mean", "turn_mean", "sequence_mean", "sequence_sum")
+
+EVEN_ENOUGH = 1.05
+"""Times the mean that a rank may have to do before units are halved to relieve it."""
 
 LEAST_SHARED = 16
 """Shortest stretch of tokens that rows share: a branch costs attention a gather and a kernel of its own."""
@@ -42,6 +48,10 @@ class WeightedRow:
     row: TokenRow
     weights: list[float]  # [sum(loss_mask)]
     episode_id: int
+
+    @cached_property
+    def ids(self) -> np.ndarray:  # [T]
+        return np.array(self.row.token_ids, np.int64)
 
 
 def weigh(episodes: Sequence[Episode], aggregation: str) -> list[WeightedRow]:
@@ -89,7 +99,7 @@ def make_unit(rows: list[WeightedRow], pair_cost: float, least_shared: int | Non
 
 def lay_out(rows: Sequence[WeightedRow], least_shared: int | None) -> Forest:
     """The rows as a forest whose branches have at least `least_shared` tokens in common; None shares nothing."""
-    ids = [weighted.row.token_ids for weighted in rows]
+    ids = [weighted.ids for weighted in rows]
     return build_forest(ids, least=least_shared) if least_shared else separate(ids)
 
 
@@ -105,7 +115,7 @@ def units_of(
         by_task.setdefault((task.env, task.split, task.task_id), []).append(row)
     units = []
     for together in by_task.values():
-        order = in_preorder([weighted.row.token_ids for weighted in together])
+        order = in_preorder([weighted.ids for weighted in together])
         units += fitting(make_unit([together[index] for index in order], pair_cost, LEAST_SHARED), max_tokens, pair_cost)
     return units
 
@@ -125,27 +135,30 @@ def halves(unit: Unit, pair_cost: float) -> list[Unit]:
 
 def deal(units: Sequence[Unit], num_ranks: int) -> list[list[Unit]]:
     """The units of each rank: the costliest first, each to the rank that has least to do so far."""
-    loads, shares = [0.0] * num_ranks, [[] for _ in range(num_ranks)]
+    shares: list[list[Unit]] = [[] for _ in range(num_ranks)]
+    loads = [(0.0, rank) for rank in range(num_ranks)]  # a heap
     for unit in sorted(units, key=lambda unit: -unit.cost):
-        rank = loads.index(min(loads))
-        loads[rank] += unit.cost
+        load, rank = loads[0]
+        heapq.heapreplace(loads, (load + unit.cost, rank))
         shares[rank].append(unit)
     return shares
 
 
-def deal_evenly(units: list[Unit], num_ranks: int, pair_cost: float) -> list[list[Unit]]:
-    """`deal`, after halving the costliest unit of the busiest rank for as long as that shortens the step."""
+def deal_evenly(units: Sequence[Unit], num_ranks: int, pair_cost: float) -> list[list[Unit]]:
+    """`deal`, after halving the costliest unit of the busiest rank, one by one, for as long as that shortens the step."""
     shares = deal(units, num_ranks)
-    while num_ranks > 1 and units:
-        busiest = max(shares, key=total_cost)
+    loads = [total_cost(share) for share in shares]
+    while max(loads) > EVEN_ENOUGH * sum(loads) / num_ranks:
+        busiest = shares[loads.index(max(loads))]
         heaviest = max(busiest, key=lambda unit: (len(unit.rows) > 1, unit.cost))
-        if len(heaviest.rows) < 2:
+        if len(heaviest.rows) == 1:
             break
-        units = [unit for unit in units if unit is not heaviest] + halves(heaviest, pair_cost)
-        tried = deal(units, num_ranks)
-        if sorted(map(total_cost, tried), reverse=True) >= sorted(map(total_cost, shares), reverse=True):
-            break  # of equally busy ranks one comes after the other, hence all loads are compared
-        shares = tried
+        others = [unit for share in shares for unit in share if unit is not heaviest]
+        tried = deal(others + halves(heaviest, pair_cost), num_ranks)
+        tried_loads = [total_cost(share) for share in tried]
+        if sorted(tried_loads, reverse=True) >= sorted(loads, reverse=True):
+            break  # all loads are compared, since of equally busy ranks one is relieved after the other
+        shares, loads = tried, tried_loads
     return shares
 
 

@@ -12,7 +12,7 @@ continues, and the segments of a branch stand together (preorder).
 A branch costs something: attention gathers the keys of everything before it. Where less than `least` tokens would be
 shared, rows go separate ways at once.
 
-Pure functions on lists of ids; what a model does with a forest is `model/segments.py`.
+Pure functions on lists or arrays of ids; what a model does with a forest is `model/segments.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+
+Ids = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,18 @@ class Forest:
         return sum(segment.num_pairs for segment in self.segments)
 
 
-def separate(rows: Sequence[Sequence[int]]) -> Forest:
+def separate(rows: Sequence[Ids]) -> Forest:
     """The forest in which nothing is shared: one segment a row, in the order of the rows."""
     return Forest([Segment(index, 0, len(row), -1) for index, row in enumerate(rows)], list(range(len(rows))))
 
 
-def in_preorder(rows: Sequence[Sequence[int]]) -> list[int]:
+def in_preorder(rows: Sequence[Ids]) -> list[int]:
     """Indices of the rows such that any that share a prefix stand together, a row before those that it begins."""
-    keys = [np.asarray(row, ">u4").tobytes() for row in rows]  # bytes compare as the ids do, and faster
+    keys = [np.asarray(row).astype(">u4").tobytes() for row in rows]  # bytes compare as the ids do, and faster
     return sorted(range(len(rows)), key=keys.__getitem__)
 
 
-def build_forest(rows: Sequence[Sequence[int]], *, least: int) -> Forest:
+def build_forest(rows: Sequence[Ids], *, least: int) -> Forest:
     """The forest of `rows`, none of them empty. No segment but the last of a row is shorter than `least` >= 1."""
     assert least >= 1 and all(len(row) for row in rows)
     ids = [np.asarray(row, np.int64) for row in rows]

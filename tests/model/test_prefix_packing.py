@@ -203,14 +203,16 @@ def test_the_vocabulary_is_seen_at_trained_positions_only(alone):
     assert seen == [sampled, sampled] and sampled == 8 * 10
 
 
-LAYOUTS = {"tp2": (2, 1, None), "pp2": (1, 2, None), "pp2 virtual": (1, 2, 2), "dp2": (1, 1, None)}
+LAYOUTS = {
+    "tp2": ParallelLayout(tensor_model_parallel_size=2),
+    "pp2": ParallelLayout(pipeline_model_parallel_size=2),
+    "pp2 virtual": ParallelLayout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+    "dp2": ParallelLayout(),
+}
 
 
 def _run_layouts(directory: str) -> None:
-    for name, (tp, pp, virtual) in LAYOUTS.items():
-        layout = ParallelLayout(
-            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=virtual
-        )
+    for name, layout in LAYOUTS.items():
         parallel.initialize(layout)
         share = dict(dp_rank=parallel.dp_rank(), dp_size=parallel.dp_size())
         for flag in (False, True):

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import microbatch_of
+from tiny_models import microbatch_of, tiny_shape
 
-from megatron_tcod.model import flash_attention, segments
+from megatron_tcod.model import build, flash_attention, parallel, segments
 from megatron_tcod.model.layers import PackedRows
+from megatron_tcod.model.parallel import ParallelLayout
 from megatron_tcod.model.segments import SegmentPlan, kv_index, path_lengths, segment_attention
 
 
@@ -115,6 +116,15 @@ def test_siblings_of_similar_length_attend_in_one_call():
     plan = SegmentPlan.build(bounds, torch.tensor([-1] + [0] * 8))
     assert [(group.num, group.length, group.before) for group in plan.groups] == [(1, 80, 0), (8, 20, 80)]
     assert plan.groups[0].mask is None and plan.groups[1].mask.shape == (20, 100)
+
+
+def test_a_pair_costs_its_multiplications_over_those_of_a_token_with_the_layer_s_matrices(single_process):
+    parallel.initialize(ParallelLayout())
+    shape = tiny_shape(num_layers=1)
+    chunks = build.build_model(shape, ParallelLayout(), seed=0, wrap_ddp=False)
+    matrices = sum(one.numel() for name, one in build.named_parameters(chunks) if "layers.0" in name and one.ndim == 2)
+    query = torch.empty(shape.num_attention_heads, shape.kv_channels)
+    assert segments.cost_of_pair(shape) == pytest.approx(2 * query.numel() / matrices)
 
 
 @given(st.lists(st.integers(0, 300), max_size=40))
