@@ -135,16 +135,12 @@ def test_every_token_has_one_slot_and_padding_stays_below_the_bound(lengths):
     assert len(plan.query_index) == sum(group.num * group.length for group in plan.groups)
 
 
-def test_gradient_of_a_shared_key_in_bfloat16_is_summed_in_fp32():
-    generator = torch.Generator().manual_seed(0)
-    bounds, parents = bounds_of([40] + [4] * 64), torch.tensor([-1] + [0] * 64)
-    qkv = [torch.randn(40 + 64 * 4, 2, 8, generator=generator).requires_grad_() for _ in range(3)]
-    plan = SegmentPlan.build(bounds, parents)
-    segment_attention(*qkv, plan, scale=0.3).sum().backward()
-    narrow = [x.detach().bfloat16().requires_grad_() for x in qkv]
-    segment_attention(*narrow, plan, scale=0.3).sum().backward()
-    truth, ours = qkv[2].grad[:40], narrow[2].grad[:40]
-    assert (ours - truth).norm() <= 2 * (truth.bfloat16() - truth).norm() + 4e-3 * truth.norm()
+def test_gradients_of_a_key_that_many_segments_see_are_summed_in_fp32():
+    """torch's index_add_ on a CPU sums wide by itself: only on CUDA could a narrow sum fail here."""
+    key = torch.zeros(2, 1, 4, dtype=torch.bfloat16, requires_grad=True)
+    seen = segments.gather_keys(key, torch.tensor([0] * 4096 + [1]))
+    seen.sum().backward()
+    assert key.grad[:, 0, 0].tolist() == [4096.0, 1.0], "in bfloat16 256 + 1 is 256"
 
 
 def varlen_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale):
