@@ -29,6 +29,8 @@ from megatron_tcod.model import parallel
 from megatron_tcod.model.build import Recompute
 from megatron_tcod.model.parallel import ParallelLayout
 from megatron_tcod.model.pretrained import PretrainedStudent, load_teacher
+from megatron_tcod.model.segments import cost_of_pair
+from megatron_tcod.model.shape import ModelShape
 from megatron_tcod.model.student import OptimizerSettings
 from megatron_tcod.model.teacher import Teacher
 from megatron_tcod.model.weight_files import read_json
@@ -471,7 +473,7 @@ def build_run(config: Config, layout: ParallelLayout, servers: list[Any], closin
         players=players,
         objective=objective_of(config.objective, rollout, vocab_size=vocab_size),
         collect=make_collect(play, players=players, num_samples=rollout.n_samples_per_prompt, ahead=ahead),
-        pack=make_pack(config),
+        pack=make_pack(config, student.shape),
         train_tasks=tasks,
         vocab_size=vocab_size,
         closing=closing,
@@ -546,12 +548,14 @@ def needs_file(config: Config) -> bool:
     return config.curriculum.demonstrations not in ("", EXPERT_DEMONSTRATIONS)
 
 
-def make_pack(config: Config) -> Callable[[list[Episode]], list[Microbatch]]:
+def make_pack(config: Config, shape: ModelShape) -> Callable[[list[Episode]], list[Microbatch]]:
     def pack_share(episodes: list[Episode]) -> list[Microbatch]:
         return pack(
             episodes,
             max_tokens=config.training.max_tokens_per_microbatch,
             aggregation=config.objective.loss_aggregation,
+            prefix_tree=config.training.prefix_tree,
+            pair_cost=cost_of_pair(shape),
             dp_rank=parallel.dp_rank(),
             dp_size=parallel.dp_size(),
             device=parallel.device(),

@@ -110,6 +110,8 @@ class TrainingConfig:
     """Global gradient norm limit; 0 turns clipping off."""
     max_tokens_per_microbatch: Annotated[int, also("--max-tokens-per-gpu")] = Field(default=16384, ge=1)
     """Packed tokens per microbatch; a longer row travels alone."""
+    prefix_tree: bool = False
+    """Compute the tokens that rows of a task share at their start once, not once a row: the same gradient, fewer tokens."""
     seed: int = 42
     """Of the task order, the sampling and a random initialisation."""
     save: str = "runs/tcod"

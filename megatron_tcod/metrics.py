@@ -22,6 +22,10 @@ copies and pipeline stages without statistics pass empty lists.
     tokens/generated          ids that the student sampled, all episodes
     tokens/trained            positions with a loss
     tokens/packed             ids that went through the student in training
+    tokens/unshared           ids of the trained rows: packed would be as many if rows shared no prefixes
+    packing/saving            unshared / packed
+    packing/microbatches      of all replicas
+    packing/imbalance         work of the busiest replica over the mean, minus 1: tokens, and pairs of a query and a key
     tokens/prompt tokens/cached                             prompt ids of all requests; of those, found in the KV cache
     tokens/per_second         generated / seconds/step; packed / seconds/step where nothing is sampled, as in SFT
     kl/token                  reverse KL, mean over trained tokens, nats
@@ -98,6 +102,8 @@ _COUNTS = {
     "generated": "tokens/generated",
     "trained": "tokens/trained",
     "packed": "tokens/packed",
+    "unshared": "tokens/unshared",
+    "microbatches": "packing/microbatches",
     "prompt": "tokens/prompt",
     "cached": "tokens/cached",
     **{name: name for name in PREFIX_COUNTS},
@@ -116,6 +122,10 @@ class StepMetrics:
     max_turns: int
     extra: tuple[str, ...] = ()
     """Further per-token statistics of the objective in use, kept as `objective/NAME`."""
+    num_replicas: int = 1
+    """Data-parallel size."""
+    pair_cost: float = 0.0
+    """What a pair of a query and a key costs, in tokens; see packing.py."""
 
     @cached_property
     def token_means(self) -> dict[str, str]:
@@ -126,6 +136,7 @@ class StepMetrics:
     def slots(self) -> dict[str, int]:
         """Name of a sum -> its place in the vector."""
         names = [*_COUNTS, "success", "trained_episodes", *_OK_MEANS, *_EPISODE_MEANS]
+        names += [f"work/{replica}" for replica in range(self.num_replicas)]
         names += [f"{kind}/{statistic}" for statistic in self.token_means for kind in ("sum", "num")]
         names += [f"{kind}/{turn}" for kind in ("episodes", "tokens", "kl") for turn in range(self.max_turns)]
         return {name: slot for slot, name in enumerate(names)}
@@ -136,13 +147,14 @@ class StepMetrics:
         microbatches: Sequence[Microbatch],
         per_token: Sequence[Mapping[str, torch.Tensor]],
         counts: Mapping[str, float] | None = None,
+        replica: int = 0,
     ) -> torch.Tensor:
         """This rank's share of the step's sums, `[M]` float64 on the CPU.
 
         episodes: those that this rank answers for, each passed by one rank only. microbatches, per_token: what this
         rank trained, `per_token[i]` maps names to `[S]` tensors; names that are not in `token_means` are left alone.
-        counts: of `PREFIX_COUNTS`. Raises ValueError when turns exceed the horizon or statistics do not fit their
-        microbatch.
+        counts: of `PREFIX_COUNTS`. replica: data-parallel rank whose microbatches these are. Raises ValueError when turns
+        exceed the horizon or statistics do not fit their microbatch.
         """
         sums = torch.zeros(len(self.slots), dtype=torch.float64)  # [M]
         for name, count in (counts or {}).items():
@@ -156,6 +168,7 @@ class StepMetrics:
             raise ValueError(f"{len(per_token)} sets of statistics for {len(microbatches)} microbatches; pass one each")
         for microbatch, statistics in zip(microbatches, per_token, strict=True):
             self._add_tokens(sums, microbatch, statistics)
+            sums[self.slots[f"work/{replica}"]] += microbatch.num_tokens + self.pair_cost * microbatch.num_pairs
         return sums
 
     def finish(
@@ -172,6 +185,10 @@ class StepMetrics:
             record |= {key: value[name] / value["ok"] for name, key in _OK_MEANS.items()}
         if value["episodes"]:
             record |= {key: value[name] / value["episodes"] for name, key in _EPISODE_MEANS.items()}
+        work = [value[f"work/{replica}"] for replica in range(self.num_replicas)]
+        if any(work):
+            record["packing/saving"] = value["unshared"] / value["packed"]
+            record["packing/imbalance"] = max(work) * len(work) / sum(work) - 1
         record |= self._finish_tokens(value)
         record |= {f"train/{name}": float(number) for name, number in train.items()}
         record |= {f"seconds/{name}": float(number) for name, number in (seconds or {}).items()}
@@ -205,6 +222,8 @@ class StepMetrics:
         num_trained = microbatch.positions.numel()
         sums[self.slots["trained"]] += num_trained
         sums[self.slots["packed"]] += microbatch.num_tokens
+        sums[self.slots["unshared"]] += microbatch.num_row_tokens
+        sums[self.slots["microbatches"]] += 1
         for name, column in columns.items():
             sums[self.slots[f"sum/{name}"]] += column.sum()
             sums[self.slots[f"num/{name}"]] += num_trained

@@ -36,6 +36,7 @@ from megatron_tcod.metrics import (
     trajectory_record,
 )
 from megatron_tcod.model import parallel
+from megatron_tcod.model.segments import cost_of_pair
 from megatron_tcod.model.weight_files import SINGLE_FILE
 from megatron_tcod.preflight import check_run_directory, check_training, preflight
 from megatron_tcod.run_lock import RunLock
@@ -75,9 +76,13 @@ class PhaseClock:
 class RunRecords:
     """What a run leaves behind: metrics, trajectories and the console, written by rank 0 alone."""
 
-    def __init__(self, config: Config, *, decode_ids: Callable[[list[int]], str], offsets: dict[str, int]) -> None:
+    def __init__(
+        self, config: Config, *, decode_ids: Callable[[list[int]], str], offsets: dict[str, int], pair_cost: float = 0.0
+    ) -> None:
         extra = ("loss", "ratio", "clip_fraction", "student_tail", "teacher_tail")
-        self._metrics = StepMetrics(max_turns=config.rollout.max_turns, extra=extra)
+        self._metrics = StepMetrics(
+            max_turns=config.rollout.max_turns, extra=extra, num_replicas=parallel.dp_size(), pair_cost=pair_cost
+        )
         self._is_sft = config.objective.objective == "sft"
         self._interval = config.training.trajectory_interval
         self._decode_ids = decode_ids
@@ -115,7 +120,7 @@ class RunRecords:
         speaks = parallel.is_first_in_replica()
         mine = episodes if parallel.rank() == 0 else []
         own = (microbatches, stats.per_token) if speaks else ([], [])
-        sums = reduce_sums(self._metrics.local_sums(mine, *own, counts=counts))
+        sums = reduce_sums(self._metrics.local_sums(mine, *own, counts=counts, replica=parallel.dp_rank()))
         record = self._metrics.finish(
             sums, step=step + 1, seconds=seconds, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr
         )
@@ -166,8 +171,11 @@ def train_assembled(config: Config, run: Assembly) -> int:
         )
     run.publish_weights(start)
     run.warm_teacher(start)
-    offsets = state.get("journals", {})
-    with StopSignals() as stop, RunRecords(config, decode_ids=run.tokenizer.decode, offsets=offsets) as records:
+    cost, offsets = cost_of_pair(run.student.shape), state.get("journals", {})
+    with (
+        StopSignals() as stop,
+        RunRecords(config, decode_ids=run.tokenizer.decode, offsets=offsets, pair_cost=cost) as records,
+    ):
         if parallel.rank() == 0:
             report_start(run, directory, start, state)
         if not evaluation_path(directory, start).exists():

@@ -171,29 +171,85 @@ class Demonstration:
     final_observation: str = ""
 
 
+@dataclass(frozen=True)
+class RowPlace:
+    """Where one row of a microbatch lies. Example: `RowPlace(tokens=tensor([0, 1, 5]), slots=tensor([2]))`"""
+
+    tokens: torch.Tensor  # [N] int64, index of each of the row's tokens in the microbatch
+    slots: torch.Tensor  # [s] int64, which of the microbatch's S trained positions are the row's
+
+
 @dataclass(kw_only=True)
 class Microbatch:
     """Rows packed back to back, with the positions that carry a loss. All tensors on one device.
 
     Example: two rows of 3 and 2 tokens, the last token of each sampled: `cu_seqlens=[0, 3, 5]`, `positions=[1, 3]`.
+
+    Packed as a forest of prefixes, a segment is a part of one or more rows: segment i goes on where segment `parents[i]`
+    ends, and a row is a path from a root to one of `ends`. A position may be trained for several rows, each with a target
+    of its own. Example: rows [5, 6, 7] and [5, 6, 8, 9] with the last token of each sampled are `token_ids=[5, 6, 7, 8, 9]`,
+    `cu_seqlens=[0, 2, 3, 5]`, `parents=[-1, 0, 0]`, `ends=[1, 2]`, `positions=[1, 3]`, `target_ids=[7, 9]`, `row_ids=[0, 1]`.
     """
 
     token_ids: torch.Tensor  # [T] int64
-    cu_seqlens: torch.Tensor  # [B+1] int32, row i is [cu_seqlens[i], cu_seqlens[i+1])
+    cu_seqlens: torch.Tensor  # [B+1] int32, row (or segment) i is [cu_seqlens[i], cu_seqlens[i+1])
     positions: torch.Tensor  # [S] int64, ascending: where the hidden state predicts a trained token
-    target_ids: torch.Tensor  # [S] int64, token_ids[positions + 1]
+    target_ids: torch.Tensor  # [S] int64, the token after each position in its row
     loss_weight: torch.Tensor  # [S] fp32, every normalisation included: loss = sum(loss_weight * per_token)
     old_logprobs: torch.Tensor  # [S] fp32, log-probability at sampling time
     turn_ids: torch.Tensor  # [S] int64
     episode_ids: torch.Tensor  # [S] int64, index into the step's list of episodes
+    parents: torch.Tensor | None = None  # [<=B] int64, -1 for a root, as are segments beyond it; None: all are roots
+    ends: torch.Tensor | None = None  # [R] int64, last segment of each row; None: every segment is a row
+    row_ids: torch.Tensor | None = None  # [S] int64, row that each position is trained for; set with `ends`
 
     @property
     def num_tokens(self) -> int:
+        """Tokens that go through the model."""
         return self.token_ids.numel()
 
     @property
-    def max_seqlen(self) -> int:
-        return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
+    def num_row_tokens(self) -> int:
+        """Tokens of the rows, those that rows share counted once a row."""
+        if self.ends is None:
+            return self.num_tokens
+        firsts, lengths = first_positions(self.cu_seqlens, self.parents), self.cu_seqlens.diff().tolist()
+        return sum(firsts[end] + lengths[end] for end in self.ends.tolist())
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a query and a key that it sees: the work of attention."""
+        firsts, lengths = first_positions(self.cu_seqlens, self.parents), self.cu_seqlens.diff().tolist()
+        return sum(length * first + length * (length + 1) // 2 for first, length in zip(firsts, lengths, strict=True))
+
+    def rows(self) -> list[RowPlace]:
+        """Every row, in the order of `ends`; tensors on the CPU."""
+        bounds, positions = self.cu_seqlens.tolist(), self.positions.cpu()
+        if self.ends is None:
+            cuts = torch.searchsorted(positions, self.cu_seqlens.cpu().long()).tolist()
+            return [
+                RowPlace(torch.arange(*bounds[row : row + 2]), torch.arange(*cuts[row : row + 2]))
+                for row in range(len(bounds) - 1)
+            ]
+        parents, owners, places = self.parents.tolist(), self.row_ids.cpu(), []
+        for row, segment in enumerate(self.ends.tolist()):
+            path = []
+            while segment >= 0:
+                path.append(torch.arange(*bounds[segment : segment + 2]))
+                segment = parents[segment]
+            places.append(RowPlace(torch.cat(path[::-1]), (owners == row).nonzero().flatten()))
+        return places
+
+
+def first_positions(cu_seqlens: torch.Tensor, parents: torch.Tensor | None) -> list[int]:
+    """[B] Position in its row of each segment's first token."""
+    bounds = cu_seqlens.tolist()
+    firsts = [0] * (len(bounds) - 1)
+    for segment, parent in enumerate([] if parents is None else parents.tolist()):
+        assert parent < segment, "a segment stands behind the one that it continues"
+        if parent >= 0:
+            firsts[segment] = firsts[parent] + bounds[parent + 1] - bounds[parent]
+    return firsts
 
 
 @dataclass(kw_only=True)

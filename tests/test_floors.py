@@ -8,7 +8,7 @@ import megatron_tcod
 ROOT = Path(megatron_tcod.__file__).parent
 FLOORS = [
     {"trajectory", "config", "metrics", "journal", "significance", "console"},
-    {"envs", "ops", "curriculum", "packing", "objective"},
+    {"envs", "ops", "curriculum", "packing", "prefix_tree", "objective"},
     {"rollout", "model"},
     {"tcod"},
 ]  # everything else is an entry point above them

@@ -160,6 +160,8 @@ def test_tokens_and_throughput(step):
     assert record["tokens/generated"] == 8 + 2 + 20 + 6
     assert record["tokens/trained"] == 8 + 2 + 6
     assert record["tokens/packed"] == sum(len(episodes[i].rows[0].token_ids) for i in (0, 1, 3))
+    assert record["tokens/unshared"] == record["tokens/packed"] and record["packing/saving"] == 1.0
+    assert record["packing/microbatches"] == 2 and record["packing/imbalance"] == 0.0
     assert record["tokens/cached"] == 5 * (3 + 1 + 4 + 2)
     assert record["tokens/prompt"] == sum(turn.prompt_tokens for episode in episodes for turn in episode.turns)
     assert record["tokens/per_second"] == 36 / 4
@@ -345,3 +347,21 @@ def test_tensorboard_is_an_error_with_a_fix_when_it_is_not_installed_and_writes_
     writer.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("kl/token")] == [(3, 0.25)]
+
+
+def test_packing_reports_what_shared_prefixes_save_and_how_uneven_the_replicas_work():
+    forest = Microbatch(  # a prefix of 6 with two branches of 2 and 3: rows of 8 and 9
+        token_ids=torch.arange(11), cu_seqlens=torch.tensor([0, 6, 8, 11], dtype=torch.int32),
+        positions=torch.tensor([5, 5]), target_ids=torch.tensor([6, 8]), loss_weight=torch.ones(2),
+        old_logprobs=torch.zeros(2), turn_ids=torch.zeros(2, dtype=torch.int64), episode_ids=torch.arange(2),
+        parents=torch.tensor([-1, 0, 0]), ends=torch.tensor([1, 2]), row_ids=torch.arange(2),
+    )  # fmt: skip
+    row = replace(forest, cu_seqlens=torch.tensor([0, 11], dtype=torch.int32), parents=None, ends=None, row_ids=None)
+    metrics = StepMetrics(max_turns=1, num_replicas=2, pair_cost=0.1)
+    shares = [metrics.local_sums([], [forest], [{}], replica=0), metrics.local_sums([], [row, row], [{}, {}], replica=1)]
+    record = metrics.finish(sum(shares), step=1)
+    assert (record["tokens/packed"], record["tokens/unshared"]) == (33, 8 + 9 + 2 * 11)
+    assert record["packing/saving"] == pytest.approx(39 / 33) and record["packing/microbatches"] == 3
+    pairs = 21 + (7 + 8) + (7 + 8 + 9)  # every token of the forest sees itself and what stands before it in its row
+    work = 11 + 0.1 * pairs, 2 * (11 + 0.1 * 66)
+    assert record["packing/imbalance"] == pytest.approx(work[1] / (sum(work) / 2) - 1)

@@ -1,12 +1,13 @@
 """Packing: weights against their definition, nothing lost, nothing trained that was not sampled."""
 
 import random
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 import torch
 
-from megatron_tcod.packing import AGGREGATIONS, pack
+from megatron_tcod.packing import AGGREGATIONS, build_microbatch, pack, weigh
 from megatron_tcod.trajectory import Episode, Task, TokenRow, TurnWindow
 
 
@@ -129,6 +130,114 @@ def test_ranks_are_balanced_in_tokens():
 
 def test_nothing_to_train_gives_no_microbatch():
     assert pack([episode([], outcome="env_fault")], max_tokens=10) == []
+
+
+def forest_episodes(seed, count=12):
+    """Tasks whose samples replay one prefix and part at random, few ids, so that they may part late."""
+    rng = random.Random(seed)
+    trunks = {name: [rng.randrange(50) for _ in range(30)] for name in "abc"}
+    made = []
+    for _ in range(count):
+        name = rng.choice("abc")
+        row = random_row(rng, range(3))
+        prefix = trunks[name][: rng.choice([20, 30, 30])]
+        mask = [0] * len(prefix) + [0] + row.loss_mask[1:]
+        row = TokenRow(
+            token_ids=prefix + [token % 2 for token in row.token_ids], turn_ids=[0] * len(prefix) + row.turn_ids,
+            loss_mask=mask, logprobs=row.logprobs,
+        )  # fmt: skip
+        made.append(replace(episode([row]), task=Task(env="household", task_id=name, split="train")))
+    return made
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("least", [1, 2, 16, None])
+def test_each_row_of_a_microbatch_is_found_with_its_trained_tokens(seed, least):
+    episodes = forest_episodes(seed)
+    rows = weigh(episodes, "sequence_mean")
+    batch = build_microbatch(rows, least_shared=least)
+    assert batch.positions.diff().min() >= 0, "positions ascend"
+    places = batch.rows()
+    assert sorted(slot for place in places for slot in place.slots.tolist()) == list(range(len(batch.positions)))
+    assert batch.num_row_tokens == sum(len(one.row.token_ids) for one in rows)
+    for weighted, place in zip(rows, places, strict=True):
+        row = weighted.row
+        assert batch.token_ids[place.tokens].tolist() == row.token_ids
+        sampled = [at for at, mask in enumerate(row.loss_mask) if mask]
+        assert batch.positions[place.slots].tolist() == [place.tokens[at - 1].item() for at in sampled]
+        assert batch.target_ids[place.slots].tolist() == [row.token_ids[at] for at in sampled]
+        assert torch.equal(batch.old_logprobs[place.slots], torch.tensor(row.logprobs))
+        assert torch.equal(batch.loss_weight[place.slots], torch.tensor(weighted.weights))
+        assert set(batch.episode_ids[place.slots].tolist()) == {weighted.episode_id}
+        assert batch.turn_ids[place.slots].tolist() == [row.turn_ids[at] for at in sampled]
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 5])
+@pytest.mark.parametrize("max_tokens", [1, 90, 400])
+def test_a_forest_trains_the_same_tokens_in_every_deal(dp_size, max_tokens):
+    episodes = forest_episodes(1, count=30)
+    apart, shared = [], []
+    for found, prefix_tree in ((apart, False), (shared, True)):
+        for rank in range(dp_size):
+            batches = pack(
+                episodes, max_tokens=max_tokens, prefix_tree=prefix_tree, pair_cost=0.01, dp_rank=rank, dp_size=dp_size
+            )
+            assert all(batch.num_tokens <= max_tokens or len(batch.rows()) == 1 for batch in batches)
+            found += trained(batches)
+    assert sorted(shared) == sorted(apart)
+
+
+def test_a_task_that_holds_back_the_step_is_split_over_ranks_and_others_stay_together():
+    rng = random.Random(2)
+    trunk = [rng.randrange(1000) for _ in range(40)]
+    ids = [trunk + [rng.randrange(1000) for _ in range(60)] for _ in range(8)]
+    rows = [
+        TokenRow(token_ids=one, turn_ids=[0] * 100, loss_mask=[0] * 40 + [1] * 60, logprobs=[-1.0] * 60) for one in ids
+    ]
+    one_task = [episode([row]) for row in rows]
+    tokens = [sum(batch.num_tokens for batch in share) for share in shares(one_task, 4)]
+    assert tokens == [40 + 2 * 60] * 4, "better than 520 tokens on one rank and none on three"
+    four_tasks = [
+        replace(one, task=Task(env="household", task_id=str(index // 2), split="train"))
+        for index, one in enumerate(one_task)
+    ]
+    assert [len(share) for share in shares(four_tasks, 4)] == [1] * 4
+    assert sum(batch.num_tokens for share in shares(four_tasks, 4) for batch in share) == 4 * (40 + 2 * 60)
+
+
+def shares(episodes, dp_size):
+    return [
+        pack(episodes, max_tokens=10**6, prefix_tree=True, pair_cost=0.01, dp_rank=rank, dp_size=dp_size)
+        for rank in range(dp_size)
+    ]
+
+
+def test_ranks_are_balanced_in_the_cost_of_attention_where_balanced_tokens_are_not():
+    rng = random.Random(4)
+    lengths = [1000] * 2 + [100] * 20 + [400] * 5
+    episodes = [
+        episode([TokenRow(token_ids=[rng.randrange(50) for _ in range(n)], turn_ids=[0] * n, loss_mask=[0] * (n - 1) + [1],
+                          logprobs=[-1.0])])
+        for n in lengths
+    ]  # fmt: skip
+
+    def imbalance(pair_cost):
+        work = []
+        for rank in range(3):
+            batches = pack(episodes, max_tokens=1000, pair_cost=pair_cost, dp_rank=rank, dp_size=3)
+            work.append(sum(batch.num_tokens + 0.01 * batch.num_pairs for batch in batches))
+        return max(work) / (sum(work) / 3) - 1
+
+    assert imbalance(0.01) < 0.15 < imbalance(0.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bins_are_few_and_even(seed):
+    episodes = random_episodes(seed, count=40)
+    batches = pack(episodes, max_tokens=60)
+    tokens = [batch.num_tokens for batch in batches]
+    assert len(batches) <= -(-sum(tokens) // 60) + 1
+    assert max(tokens) - min(tokens) <= 15
 
 
 def test_unknown_aggregation_is_refused():

@@ -106,6 +106,29 @@ def test_b2f_replays_the_teacher_and_trains_only_the_student(single_process, run
         assert masked == sampled
 
 
+@pytest.mark.parametrize("history", ["full", "compact"])
+def test_prefix_trees_train_the_same_on_fewer_tokens_and_say_how_many(single_process, run_flags, tmp_path, history):
+    from megatron_tcod.envs.demonstrations import write_demonstrations
+    from megatron_tcod.envs.household import Household
+
+    tasks = Household.tasks("train", count=12)
+    path = tmp_path / "demonstrations.jsonl"
+    write_demonstrations(path, [Household.expert(task, seed=0) for task in tasks])
+    flags = [*run_flags, "--max-turns", "24", "--curriculum", "b2f", "--demonstrations", str(path), "--train-iters", "2"]
+    flags += ["--rollout-max-context-len", "1024", "--n-samples-per-prompt", "4", "--history-mode", history]
+    flags += ["--b2f-stop", "demonstration", "--k-start", "2"]
+    apart, tree = [], []
+    for found, flag in ((apart, "--no-prefix-tree"), (tree, "--prefix-tree")):
+        main([*flags, flag, "--save", str(tmp_path / flag)])
+        found += records(tmp_path / flag, "metrics.jsonl")
+    for expected, actual in zip(apart, tree, strict=True):
+        assert actual["tokens/unshared"] == expected["tokens/unshared"] == expected["tokens/packed"]
+        assert actual["tokens/packed"] < expected["tokens/packed"] / (2 if history == "full" else 1.2)
+        assert actual["packing/saving"] == actual["tokens/unshared"] / actual["tokens/packed"]
+        for key in ("train/loss", "train/grad_norm", "kl/token", "tokens/trained"):
+            assert actual[key] == pytest.approx(expected[key], rel=1e-4), key
+
+
 def test_b2f_counts_tasks_without_a_demonstration_or_plays_them_in_full(single_process, run_flags, tmp_path):
     from megatron_tcod.envs.demonstrations import write_demonstrations
     from megatron_tcod.envs.household import Household

@@ -297,23 +297,24 @@ def _draw(name: str, kind: str, parameter: Tensor, shape: ModelShape, *, seed: i
     return full
 
 
-def packed_rows(chunk: torch.nn.Module, cu_seqlens: Tensor) -> PackedRows:
-    """What the attention of `chunk` needs to know about rows packed at `cu_seqlens [B+1]`.
+def packed_rows(chunk: torch.nn.Module, microbatch: Microbatch) -> PackedRows:
+    """What the attention of `chunk` needs to know about the rows of a microbatch.
 
     ValueError when a row is longer than the positions that the model knows.
     """
     model: Any = unwrap(chunk)
     shape: ModelShape = model.shape
     rows = PackedRows.build(
-        cu_seqlens,
+        microbatch.cu_seqlens,
+        microbatch.parents,
         head_dim=shape.kv_channels,
         rotary_base=shape.rotary_base,
         rope_scaling=shape.rope_scaling,
         dtype=model.config.params_dtype,
     )
-    if rows.max_seqlen_q > shape.max_position_embeddings:
+    if rows.max_seqlen_kv > shape.max_position_embeddings:
         raise ValueError(
-            f"a row has {rows.max_seqlen_q} tokens, the model knows {shape.max_position_embeddings} positions "
+            f"a row has {rows.max_seqlen_kv} tokens, the model knows {shape.max_position_embeddings} positions "
             "(max_position_embeddings); limit the context of the rollouts to that"
         )
     return rows
@@ -328,7 +329,7 @@ def forward_hidden(chunk: torch.nn.Module, microbatch: Microbatch, *, rows: Pack
     schedule set with `set_input_tensor`.
     """
     if rows is None:
-        rows = packed_rows(chunk, microbatch.cu_seqlens)
+        rows = packed_rows(chunk, microbatch)
     return chunk(microbatch.token_ids[None], None, None, packed_seq_params=rows)
 
 

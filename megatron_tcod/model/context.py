@@ -32,8 +32,8 @@ from megatron_tcod.trajectory import Microbatch
 
 
 def own_part(microbatch: Microbatch, layout: ParallelLayout) -> Microbatch:
-    """This rank's tokens and trained positions. `positions` count from the part's first token; `cu_seqlens` stays that of
-    the whole microbatch, padding included."""
+    """This rank's tokens and trained positions. `positions` count from the part's first token; `cu_seqlens`, `parents` and
+    `ends` stay those of the whole microbatch, padding included."""
     microbatch = _padded(microbatch, layout.token_multiple)
     if layout.context_parallel_size == 1:
         return microbatch
@@ -48,6 +48,7 @@ def own_part(microbatch: Microbatch, layout: ParallelLayout) -> Microbatch:
         old_logprobs=microbatch.old_logprobs[span],
         turn_ids=microbatch.turn_ids[span],
         episode_ids=microbatch.episode_ids[span],
+        row_ids=None if microbatch.row_ids is None else microbatch.row_ids[span],
     )
 
 

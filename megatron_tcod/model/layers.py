@@ -1,12 +1,11 @@
 """The modules that replace Megatron's own inside a GPTModel: norm, SwiGLU, packed attention with RoPE, output layer.
 
-    rows = PackedRows.build(microbatch.cu_seqlens, head_dim=32, rotary_base=1e6, dtype=torch.float32)
+    rows = PackedRows.build(microbatch.cu_seqlens, microbatch.parents, head_dim=32, rotary_base=1e6, dtype=torch.float32)
     hidden = model(token_ids[None], None, None, packed_seq_params=rows)      # [1, T, H] on the last stage
 
-Rows of a packed microbatch attend only to themselves. `PackedRows` works out once per microbatch what every layer
-needs: the rotation of each token, and how rows are laid side by side. Rows of similar length form a group, padded on
-the right to the longest: one causal call of torch's scaled_dot_product_attention a group. Right padding is invisible
-to the real tokens, because a causal query never looks right. A row that nothing resembles is a group of one.
+Rows of a packed microbatch attend only to themselves, and those that share a prefix attend to it together. `PackedRows`
+works out once per microbatch what every layer needs: the rotation of each token, and how segments are laid side by side
+for attention (`segments.py`, or a kernel of `flash_attention.py` where there is one).
 
 RoPE is applied here and not by Megatron, which splits the packed tensor into rows and takes cos and sin anew for q and
 k in every layer; the model is therefore built with `position_embedding_type="none"`.
@@ -28,26 +27,10 @@ from torch import Tensor
 
 from megatron_tcod.model import parallel
 from megatron_tcod.model.context import to_heads, to_tokens
+from megatron_tcod.model.flash_attention import find_kernel
+from megatron_tcod.model.segments import SegmentPlan, kv_index, path_lengths, segment_attention
 from megatron_tcod.model.shape import RopeScaling, rotary_frequencies
-
-SIMILAR_LENGTH = 0.7
-"""A row joins a group when it is at least this fraction of the group's longest: padding stays under 1 / 0.7 in tokens
-and 1 / 0.49 in attention scores."""
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """Rows of similar length, padded to the longest.
-
-    Example: rows [0, 3) and [3, 5) of a packed microbatch: `num_rows=2, length=3, gather=[0, 1, 2, 3, 4, 4]`,
-    `slots=[0, 1, 2, 3, 4]`, `tokens=[0, 1, 2, 3, 4]`.
-    """
-
-    num_rows: int
-    length: int
-    gather: Tensor  # [num_rows * length] packed index of each slot; padding repeats the row's last token
-    slots: Tensor  # [N] slots that are not padding, in the order of `tokens`
-    tokens: Tensor  # [N] their packed index
+from megatron_tcod.trajectory import first_positions
 
 
 @dataclass
@@ -56,99 +39,41 @@ class PackedRows(PackedSeqParams):
 
     cos: Tensor | None = None  # [T, 1, D/2]
     sin: Tensor | None = None  # [T, 1, D/2]
-    groups: tuple[RowGroup, ...] = ()
-    restore: Tensor | None = None  # [T] position of each packed token in the concatenated groups; None when in order
+    kv_index: Tensor | None = None  # [cu_seqlens_kv[-1]] packed token of each key; None where keys lie as queries do
+    plan: SegmentPlan | None = None  # for torch's attention
 
     @classmethod
     def build(
         cls,
         cu_seqlens: Tensor,
+        parents: Tensor | None = None,
         *,
         head_dim: int,
         rotary_base: float,
         rope_scaling: RopeScaling | None = None,
         dtype: torch.dtype,
     ) -> PackedRows:
-        """From `cu_seqlens [B+1]`. Positions restart at 0 in every row; rows of no token are allowed."""
-        bounds = cu_seqlens.tolist()
-        device = cu_seqlens.device
-        starts = cu_seqlens[:-1].cpu().long().repeat_interleave(cu_seqlens.diff().cpu())  # [T] of each token's row
-        positions = torch.arange(len(starts)) - starts  # [T]
+        """From a microbatch's `cu_seqlens [B+1]` and `parents`. Positions restart at 0 in every row, and go on from the
+        segment that a segment continues; rows of no token are allowed."""
+        device, lengths = cu_seqlens.device, cu_seqlens.diff().cpu()
+        # Position minus packed index is the same for all tokens of a segment.
+        offsets = torch.tensor(first_positions(cu_seqlens, parents), dtype=torch.int64) - cu_seqlens[:-1].cpu()  # [B]
+        positions = torch.arange(int(cu_seqlens[-1])) + offsets.repeat_interleave(lengths)  # [T]
         # fp32 like the Hugging Face models: the angle of a long row loses too much in bf16.
         frequencies = rotary_frequencies(head_dim, rotary_base, rope_scaling)  # [D/2]
         angles = positions.float()[:, None, None] * frequencies  # [T, 1, D/2]
-        groups = tuple(_row_group(rows, device) for rows in _similar_rows(bounds))
-        order = torch.cat([group.tokens for group in groups]) if groups else torch.empty(0, dtype=torch.int64)
-        in_order = bool((order[1:] > order[:-1]).all())
-        longest = max((group.length for group in groups), default=0)
+        paths = path_lengths(cu_seqlens, parents)  # [B]
         return cls(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+            cu_seqlens_kv=cu_seqlens if parents is None else F.pad(paths.cumsum(0, dtype=torch.int32), (1, 0)),
+            max_seqlen_q=max(lengths.tolist(), default=0),
+            max_seqlen_kv=max(paths.tolist(), default=0),
             cos=angles.cos().to(device, dtype),
             sin=angles.sin().to(device, dtype),
-            groups=groups,
-            restore=None if in_order else torch.argsort(order),
+            kv_index=None if parents is None else kv_index(cu_seqlens, parents),
+            plan=SegmentPlan.build(cu_seqlens, parents),
         )
-
-
-def _similar_rows(bounds: list[int]) -> list[list[tuple[int, int]]]:
-    """Rows `[start, stop)` sorted into groups of similar length, longest group first, packed order within a group."""
-    rows = [(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False) if stop > start]
-    groups: list[list[tuple[int, int]]] = []
-    for start, stop in sorted(rows, key=lambda row: row[0] - row[1]):
-        if groups and stop - start >= SIMILAR_LENGTH * (groups[-1][0][1] - groups[-1][0][0]):
-            groups[-1].append((start, stop))
-        else:
-            groups.append([(start, stop)])
-    return [sorted(group) for group in groups]
-
-
-def _row_group(rows: list[tuple[int, int]], device: torch.device) -> RowGroup:
-    length = max(stop - start for start, stop in rows)
-    starts = torch.tensor([start for start, _ in rows])[:, None]  # [rows, 1]
-    lengths = torch.tensor([stop - start for start, stop in rows])[:, None]  # [rows, 1]
-    offsets = torch.arange(length)[None]  # [1, length]
-    gather = (starts + torch.minimum(offsets, lengths - 1)).flatten()  # [rows * length]
-    slots = (offsets < lengths).flatten().nonzero().flatten()  # [N]
-    return RowGroup(len(rows), length, gather.to(device), slots.to(device), gather[slots].to(device))
-
-
-class _ToSlots(torch.autograd.Function):
-    """Packed [T, n, D] -> padded [rows, n, length, D]. A padded slot has no gradient, so backward is a gather too."""
-
-    @staticmethod
-    def forward(ctx: Any, packed: Tensor, group: RowGroup) -> Tensor:
-        ctx.group, ctx.num_tokens = group, packed.size(0)
-        padded = packed.index_select(0, group.gather)
-        return padded.view(group.num_rows, group.length, *packed.shape[1:]).transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        group = ctx.group
-        flat = grad.transpose(1, 2).reshape(group.num_rows * group.length, grad.size(1), grad.size(3))
-        real = flat.index_select(0, group.slots)  # [N, n, D]
-        if real.size(0) == ctx.num_tokens:  # the only group: its tokens are in packed order
-            return real, None
-        return grad.new_zeros(ctx.num_tokens, *real.shape[1:]).index_copy_(0, group.tokens, real), None
-
-
-class _FromSlots(torch.autograd.Function):
-    """Padded [rows, n, length, D] -> real tokens [N, n, D] of the group."""
-
-    @staticmethod
-    def forward(ctx: Any, padded: Tensor, group: RowGroup) -> Tensor:
-        ctx.group = group
-        flat = padded.transpose(1, 2).reshape(group.num_rows * group.length, padded.size(1), padded.size(3))
-        return flat.index_select(0, group.slots)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        group = ctx.group
-        flat = grad.new_zeros(group.num_rows * group.length, *grad.shape[1:]).index_copy_(0, group.slots, grad)
-        return flat.view(group.num_rows, group.length, *grad.shape[1:]).transpose(1, 2), None
 
 
 class _Rotate(torch.autograd.Function):
@@ -175,18 +100,11 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, *, scale: float) -> Tensor:
-    """Causal attention within each row. query [T, n, D], key and value [T, n_kv, D] -> [T, n, D]."""
-    outputs = []
-    for group in rows.groups:
-        q, k, v = (_ToSlots.apply(x, group) for x in (query, key, value))  # [rows, n, length, D]
-        attended = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1)
-        )
-        outputs.append(_FromSlots.apply(attended, group))
-    if not outputs:
-        return query * 0.0
-    packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return packed if rows.restore is None else packed.index_select(0, rows.restore)
+    """Causal attention along each row. query [T, n, D], key and value [T, n_kv, D] -> [T, n, D]."""
+    kernel = find_kernel(query.device.type, query.dtype)
+    if kernel is None:
+        return segment_attention(query, key, value, rows.plan, scale=scale)
+    return kernel(query, key, value, rows, scale=scale)
 
 
 class PackedAttention(MegatronModule):

@@ -62,7 +62,7 @@ def run_schedule(
     num_real = len(microbatches)
     padded = pad_microbatches(microbatches, layout, next(chunks[0].parameters()).device)
     padded = [context.own_part(microbatch, layout) for microbatch in padded]
-    all_rows = [build.packed_rows(chunks[0], microbatch.cu_seqlens) for microbatch in padded]
+    all_rows = [build.packed_rows(chunks[0], microbatch) for microbatch in padded]
 
     def forward_step(data: Iterator[int], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         index = next(data)

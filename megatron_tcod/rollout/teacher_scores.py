@@ -53,17 +53,15 @@ def map_target(target: ServerTarget, change: Callable[[torch.Tensor], torch.Tens
 class ScoredRow:
     """One row of a microbatch that has trained tokens.
 
-    Example: `ScoredRow(microbatch=0, start=96, slots=slice(3, 6), trained=(40, 41, 60))`
+    Example: `ScoredRow(microbatch=0, tokens=np.arange(96, 160), slots=np.array([3, 4, 5]), trained=(40, 41, 60))`
     """
 
     microbatch: int
     """Index of the microbatch."""
-    start: int
-    """Of the row in the microbatch's tokens."""
-    slots: slice
-    """Of the row in the microbatch's trained positions."""
+    tokens: np.ndarray  # [at least N] where the row's ids lie among the microbatch's tokens
+    slots: np.ndarray  # [s] the row's among the microbatch's trained positions
     trained: tuple[int, ...]
-    """Trained tokens, relative to `start`, ascending."""
+    """[s] Trained tokens, counted from the row's first, ascending."""
 
     @property
     def num_prefix(self) -> int:
@@ -93,14 +91,13 @@ class RowScore:
 
 def rows_of(index: int, microbatch: Microbatch) -> list[ScoredRow]:
     """The rows of microbatch number `index` that train something."""
-    bounds = microbatch.cu_seqlens.tolist()
-    positions = microbatch.positions.cpu().numpy()  # [S]
-    cuts = np.searchsorted(positions, bounds).tolist()  # positions of row i are [cuts[i], cuts[i + 1])
-    return [
-        ScoredRow(index, start, slice(first, last), tuple((positions[first:last] + 1 - start).tolist()))
-        for start, first, last in zip(bounds[:-1], cuts[:-1], cuts[1:], strict=True)
-        if first < last
-    ]
+    positions, rows = microbatch.positions.cpu().numpy(), []  # [S]
+    for place in microbatch.rows():
+        tokens, slots = place.tokens.numpy(), place.slots.numpy()
+        if len(slots):  # a row's tokens ascend
+            trained = np.searchsorted(tokens, positions[slots]) + 1
+            rows.append(ScoredRow(index, tokens, slots, tuple(trained.tolist())))
+    return rows
 
 
 def score_body(ids: list[int], row: ScoredRow, features: ServerFeatures, *, top_k: int, is_flat: bool) -> dict[str, Any]:

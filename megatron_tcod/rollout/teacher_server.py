@@ -197,7 +197,7 @@ class ServerTeacher:
         await self._finish_warming()
         if not rows:
             return []
-        ids = [tokens[row.microbatch][row.start : row.start + row.num_tokens] for row in rows]  # views, [N] each
+        ids = [tokens[row.microbatch][row.tokens[: row.num_tokens]] for row in rows]  # [N] each
         scores: dict[int, RowScore] = {}
 
         async def ask(index: int) -> None:

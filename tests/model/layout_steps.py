@@ -14,7 +14,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from tiny_models import VOCAB, pack_rows, random_rows, tiny_shape
+from tiny_models import VOCAB, pack_forest, pack_rows, random_rows, tiny_shape
 
 from megatron_tcod.model import build, parallel
 from megatron_tcod.model.build import Recompute
@@ -24,10 +24,17 @@ from megatron_tcod.model.shape import ExpertShape
 from megatron_tcod.model.student import OptimizerSettings, Student
 from megatron_tcod.model.teacher import Teacher
 from megatron_tcod.objective import make_objective
+from megatron_tcod.trajectory import Microbatch
 
 TOLERANCE = 1e-5
 """Relative difference of an fp32 gradient, in the Euclidean norm of each parameter."""
 ROWS = random_rows([14, 3, 22, 9, 17, 6, 11], seed=3)
+PREFIXES = random_rows([12, 8], seed=4)
+BRANCHES = [
+    (PREFIXES[index % 2][0] + ids, [place + len(PREFIXES[index % 2][0]) for place in places], weights)
+    for index, (ids, places, weights) in enumerate(ROWS)
+]
+"""The rows with one of two prefixes in front, which carry no loss."""
 WHOLE = ((0, 1, 2, 3, 4, 5, 6),)
 THREE = ((0, 1), (2,), (3, 4, 5, 6))
 
@@ -44,6 +51,8 @@ class Case:
     sequence_parallel: bool = False
     is_tied: bool = False
     has_experts: bool = False
+    branches: str = ""
+    """`rows` or `forest`: BRANCHES, computed one by one, or each shared prefix once."""
     recompute: Recompute = Recompute()
     distributed_optimizer: bool = False
     dtype: torch.dtype = torch.float32
@@ -74,6 +83,7 @@ class Case:
         words += ["sp"] if self.sequence_parallel else []
         words += ["tied"] if self.is_tied else []
         words += ["experts"] if self.has_experts else []
+        words += [self.branches] if self.branches else []
         words += [str(value) for value in vars(self.recompute).values() if value]
         words += ["distributed_optimizer"] if self.distributed_optimizer else []
         words += [str(self.dtype).removeprefix("torch.")] if self.dtype != torch.float32 else []
@@ -115,7 +125,7 @@ def run_step(
         for _, parameter in [*build.named_parameters(student.chunks), *build.named_parameters(teacher.chunks)]:
             parameter.data.copy_(parameter.data.bfloat16())
     initial = full_tensors(student.chunks, lambda parameter: parameter.data)
-    microbatches = [pack_rows([ROWS[index] for index in indices]) for indices in split]
+    microbatches = [pack(case, indices) for indices in split]
     microbatches = microbatches[parallel.dp_rank() :: parallel.dp_size()]
     make = make_objective(objective, vocab_size=VOCAB)
     targets = teacher.score(microbatches)
@@ -134,6 +144,11 @@ def run_step(
     for replica, theirs in everyone:
         assert by_replica.setdefault(replica, theirs) == theirs, "ranks of one replica disagree on per-token figures"
     return tensors, by_replica
+
+
+def pack(case: Case, indices: tuple[int, ...]) -> Microbatch:
+    rows = [(BRANCHES if case.branches else ROWS)[index] for index in indices]
+    return pack_forest(rows, least=4) if case.branches == "forest" else pack_rows(rows)
 
 
 def _teacher_mesh(case: Case) -> parallel.Mesh | None:

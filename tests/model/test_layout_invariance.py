@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from gloo_world import run_ranks
-from layout_steps import THREE, WHOLE, Case, assert_equal_step, full_tensors, read_case, run_cases, run_step, shapes
+from layout_steps import THREE, WHOLE, Case, assert_equal_step, full_tensors, pack, read_case, run_cases, run_step, shapes
 from tiny_models import VOCAB, pack_rows, random_rows
 
 from megatron_tcod.model import parallel
@@ -36,6 +36,8 @@ CASES = [
     Case(world=2, recompute=SELECTIVE, distributed_optimizer=True),
     Case(world=2, pp=2, has_experts=True),
     Case(world=2, tp=2, sequence_parallel=True, has_experts=True),  # without, Megatron refuses
+    Case(world=2, cp=2, branches="forest"),
+    Case(world=2, pp=2, branches="forest"),
     Case(world=2, tp=2, teacher=(1, 1)),
     Case(world=2, teacher=(1, 2), offload=True),
     Case(world=2, pp=2, virtual=2, teacher=(2, 1)),
@@ -50,6 +52,7 @@ CASES = [
     Case(world=4, tp=2, is_tied=True, distributed_optimizer=True),
     Case(world=4, tp=2, pp=2, sequence_parallel=True, teacher=(4, 1), offload=True),
     Case(world=4, tp=2, cp=2, teacher=(1, 2)),
+    Case(world=4, tp=2, cp=2, sequence_parallel=True, teacher=(2, 2), branches="forest"),
 ]
 
 
@@ -61,22 +64,31 @@ def runs(tmp_path_factory) -> Path:
     return directory
 
 
+def content_of(case: Case) -> tuple[bool, bool, bool]:
+    return case.is_tied, case.has_experts, bool(case.branches)
+
+
 @pytest.fixture(scope="module")
 def reference():
-    """(is_tied, has_experts) -> tensors and figures of one process with one microbatch."""
-    models = [(False, False), (True, False), (False, True)]
-    found = {(tied, experts): run_step(Case(is_tied=tied, has_experts=experts), WHOLE) for tied, experts in models}
+    """What must not be seen of a layout -> tensors and figures of one process with one microbatch."""
+    cases = [Case(), Case(is_tied=True), Case(has_experts=True), Case(branches="rows")]
+    found = {content_of(case): run_step(case, WHOLE) for case in cases}
     yield found
     parallel.shutdown()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_weights_gradient_and_figures_of_one_step_are_invariant_to_the_parallel_layout(runs, reference, case):
-    expected, figures = reference[case.is_tied, case.has_experts]
+    expected, figures = reference[content_of(case)]
     actual, gathered = read_case(runs, case)
     assert_equal_step(actual, expected)
-    for key, values in figures[0][0].items():
+    for key, values in figures[0][0].items() if case.branches != "forest" else ():  # which has its positions in another order
         assert gathered[key].tolist() == pytest.approx(values, rel=1e-4, abs=2e-5), key
+
+
+def test_forests_share_prefixes():
+    microbatches = [pack(Case(branches="forest"), indices) for indices in THREE]
+    assert [microbatch.num_tokens < microbatch.num_row_tokens for microbatch in microbatches] == [False, False, True]
 
 
 @pytest.mark.parametrize("recompute", [FULL, BLOCK, SELECTIVE], ids=["uniform", "block", "selective"])

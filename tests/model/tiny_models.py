@@ -9,7 +9,8 @@ import torch
 
 from megatron_tcod.model import build
 from megatron_tcod.model.shape import ModelShape
-from megatron_tcod.trajectory import Microbatch
+from megatron_tcod.packing import WeightedRow, build_microbatch
+from megatron_tcod.trajectory import Microbatch, TokenRow
 
 VOCAB = 507
 
@@ -50,6 +51,29 @@ def pack_rows(rows: list[tuple[list[int], list[int], list[float]]]) -> Microbatc
         turn_ids=torch.zeros(len(positions), dtype=torch.int64),
         episode_ids=torch.tensor(episodes, dtype=torch.int64),
     )
+
+
+def pack_forest(rows: list[tuple[list[int], list[int], list[float]]], *, least: int) -> Microbatch:
+    """`pack_rows`, but the prefixes of `least` tokens and more that rows share are there once."""
+    weighted = []
+    for index, (ids, positions, weights) in enumerate(rows):
+        mask = [int(place - 1 in positions) for place in range(len(ids))]
+        logprobs = [-math.log(VOCAB)] * len(positions)
+        row = TokenRow(token_ids=ids, turn_ids=[0] * len(ids), loss_mask=mask, logprobs=logprobs)
+        weighted.append(WeightedRow(row, weights, index))
+    return build_microbatch(weighted, least_shared=least)
+
+
+def microbatch_of(rows: list[list[int]], *, least: int | None, seed: int = 0) -> Microbatch:
+    """Rows as a forest whose branches share at least `least` tokens; about half of the tokens trained."""
+    draw = random.Random(seed)
+    weighted = []
+    for index, ids in enumerate(rows):
+        mask = [0] + [int(draw.random() < 0.5) for _ in ids[1:]]
+        logprobs = [-math.log(VOCAB)] * sum(mask)
+        row = TokenRow(token_ids=ids, turn_ids=[0] * len(ids), loss_mask=mask, logprobs=logprobs)
+        weighted.append(WeightedRow(row, [draw.uniform(0.1, 1.0) / 20 for _ in logprobs], index))
+    return build_microbatch(weighted, least_shared=least)
 
 
 def random_rows(lengths: list[int], *, seed: int = 0) -> list[tuple[list[int], list[int], list[float]]]:

@@ -47,8 +47,9 @@ def row_of(dice, prefix, *spans):
     return TokenRow(token_ids=ids, turn_ids=[0] * len(ids), loss_mask=mask, logprobs=[-1.0] * sum(mask))
 
 
-def microbatch_of(*rows):
-    return build_microbatch([WeightedRow(row, [1.0] * sum(row.loss_mask), i) for i, row in enumerate(rows)])
+def microbatch_of(*rows, least_shared=None):
+    weighted = [WeightedRow(row, [1.0] * sum(row.loss_mask), i) for i, row in enumerate(rows)]
+    return build_microbatch(weighted, least_shared=least_shared)
 
 
 def batch(seed=0):
@@ -87,6 +88,24 @@ def test_every_trained_token_gets_its_own_log_probability():
     assert counts.tokens == sum(last) and counts.projected == sum(last) - sum(first)
     assert counts.trained == sum(sum(row.loss_mask) for row in rows)
     assert counts.computed == fake.computed_tokens - sum(len(body["input_ids"]) for body in fake.warmed)
+
+
+def test_rows_that_share_their_prefixes_in_a_forest_are_asked_and_scored_like_rows_apart():
+    rows, _ = batch()
+    apart, forest = (microbatch_of(*rows, least_shared=least) for least in (None, 3))
+    assert forest.num_tokens < 0.6 * apart.num_tokens == 0.6 * forest.num_row_tokens
+    asked, scores = [], []
+    for microbatch in (apart, forest):
+        with FakeTeacher() as fake:
+            teacher = teacher_of(fake, top_k=3)
+            (target,) = teacher.score([microbatch])
+            teacher.close()
+        asked.append(sorted((body["input_ids"], body["logprob_start_len"]) for body in fake.scored))
+        of_rows = [target.logprob[place.slots] for place in microbatch.rows()]
+        scores.append([*of_rows, *(target.topk_logprobs[place.slots] for place in microbatch.rows())])
+    assert asked[0] == asked[1]
+    for expected, actual in zip(*scores, strict=True):
+        assert len(expected) and torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("is_flat", [True, False])
