@@ -66,6 +66,8 @@ class ParallelConfig:
     """Ranks that share each sequence."""
     distributed_timeout_minutes: int = Field(default=30, ge=1)
     """Minutes that a rank waits for the others in a collective, rollouts of ranks that play included."""
+    heartbeat_timeout_seconds: float = Field(default=120.0, ge=0)
+    """Silence after which a rank counts as dead or stopped and the job ends with its name; 0 turns the watchdog off."""
 
 
 @validated(frozen=True, kw_only=True, config=STRICT)
