@@ -218,11 +218,16 @@ def num_parameters(shape: ModelShape) -> int:
     return stage_parameters(shape, 1, 1, 0)
 
 
+def kv_token_bytes(shape: ModelShape, width: int) -> int:
+    """Keys and values of one token over all layers."""
+    return 2 * shape.num_layers * shape.num_query_groups * shape.kv_channels * width
+
+
 def layer_activations(shape: ModelShape, tp: int, *, recompute: str = "none", sequence_parallel: bool = False) -> float:
     """Numbers that one layer keeps of a token for the backward pass, on one tensor-parallel rank.
 
-    Two norms and two products keep their inputs (4 H, whole on every rank unless sequence parallel), the head norms theirs,
-    the core attention q, k, v and its output, the output projection its input, SwiGLU 2 F and the last product F. Packed
+    Two norms and two products keep their inputs (4 H, whole on every rank unless sequence parallel), the head norms a copy of
+    q and, because the keys they keep are a view of it, the whole of qkv, the core attention q, k, v and its output, the output projection its input, SwiGLU 2 F and the last product F. Packed
     rows of unequal length are padded for the attention, which is not counted.
     """
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
@@ -230,7 +235,7 @@ def layer_activations(shape: ModelShape, tp: int, *, recompute: str = "none", se
     spread = tp if sequence_parallel else 1
     if recompute == "full":
         return hidden / spread
-    head_norms = queries + keys if shape.qk_layernorm else 0
+    head_norms = 2 * queries + 2 * keys if shape.qk_layernorm else 0
     core = queries + 2 * keys if recompute == "selective" else 2 * queries + 2 * keys
     return 4 * hidden / spread + (head_norms + core + queries + 3 * ffn) / tp
 
@@ -293,7 +298,7 @@ def _stage_memory(
         head = numerics.weight_bytes * padded_vocab_size(teacher.vocab_size, layout.tp) // layout.tp * teacher.hidden_size
         teachers = (head if is_last else 0.0) + targets if numerics.is_teacher_offloaded else teachers + targets
     is_server = not serving.is_on_host or kind == "cpu"
-    kv = 2 * student.num_layers * student.num_query_groups * student.kv_channels * serving.kv_bytes * serving.kv_tokens
+    kv = kv_token_bytes(student, serving.kv_bytes) * serving.kv_tokens
     return MemoryUse(
         weights=numerics.weight_bytes * parameters,
         gradients=GRADIENT_BYTES * parameters,
@@ -387,8 +392,8 @@ def rollout_phase(shape: ModelShape, workload: Workload, serving: Serving, devic
     share = math.ceil(workload.episodes / serving.servers)
     waves = math.ceil(share / serving.max_running)
     running = share / waves
-    position = 2 * shape.num_layers * shape.num_query_groups * shape.kv_channels * serving.kv_bytes
-    read = serving.weight_bytes * num_parameters(shape) + running * workload.row_tokens / 2 * position
+    cached = running * workload.row_tokens / 2 * kv_token_bytes(shape, serving.kv_bytes)
+    read = serving.weight_bytes * num_parameters(shape) + cached
     steps = waves * workload.turns * workload.response_tokens
     moving = read / serving.ranks_per_server / device.bandwidth / device.copy_efficiency
     computing = decode * slow / ranks / steps / device.flops / device.forward_efficiency
