@@ -6,6 +6,7 @@
 A thread of each rank reports to the job's store every few seconds: the phase, and where in the code the main thread is.
 It listens to the next rank only, so that the traffic grows with the number of ranks and not with its square.
 
+* Under some launchers rank 0 keeps the store: where the store does not answer for `heartbeat_seconds`, rank 0 is to blame.
 * A rank that reports nothing for `heartbeat_seconds` is killed, stopped, or its host is gone: the rank that listens to it
   writes the verdict.
 * A rank that reports but whose main thread stays in one phase for `stall_seconds` may be hung or may wait for one that is.
@@ -130,16 +131,22 @@ class Watchdog:
 
     def _watch(self) -> None:
         beat, before = 0, time.monotonic()
+        answered = before
         while not self._is_ending.wait(self._pause):
             now = time.monotonic()
             elapsed, before, beat = min(now - before, 2 * self._pause), now, beat + 1
+            verdict = ""
             try:
                 self._publish(beat)
                 verdict = self._verdict(elapsed)
-            except RuntimeError as error:  # torch's for every failure of the store
-                if self._is_ending.is_set():
-                    return
-                verdict = f"the store of the job does not answer, so the host of rank 0 or its launcher is gone ({error})"
+                answered = now
+            except RuntimeError:  # torch's for every failure of the store; at the end of a job it goes before the last rank
+                unanswered = time.monotonic() - answered
+                if unanswered > self._heartbeat_seconds:
+                    verdict = (
+                        f"rank 0 or its launcher is dead or stopped, or their host is gone: the store that they keep "
+                        f"has not answered for {unanswered:.0f} s"
+                    )
             if verdict:
                 self._end(verdict)
                 return

@@ -117,6 +117,31 @@ def test_a_job_that_moves_is_not_stalled_and_one_that_stops_is(world):
     assert "0-1 in train of step 13" in verdict and "2 in rollout of step 12" in verdict
 
 
+class LosingStore:
+    """A store whose host goes away."""
+
+    def __init__(self):
+        self.is_gone, self._store = False, dist.HashStore()
+
+    def __getattr__(self, name):
+        if self.is_gone:
+            raise RuntimeError("connection reset")
+        return getattr(self._store, name)
+
+
+def test_a_store_that_is_gone_ends_the_job_after_the_timeout_and_not_before():
+    left, store = [], LosingStore()
+    alone = Watchdog(store, rank=0, world_size=1, heartbeat_seconds=HEARTBEAT, stall_seconds=60, leave=left.append)
+    with alone:
+        time.sleep(2 * HEARTBEAT)
+        assert not left
+        store.is_gone = True
+        time.sleep(HEARTBEAT / 2)
+        assert not left, "the last rank of a job that ends may see this"
+        time.sleep(2 * HEARTBEAT)
+        assert left == [EXIT_HUNG]
+
+
 def test_of_ranks_in_one_phase_the_one_that_waits_for_nobody_hangs():
     waits = {"host": "a", "pid": 1, "is_done": False, "phase": "rollout", "step": 3, "moves": 9, "where": "x:1 f"}
     reports = [waits | {"is_waiting": True}, waits | {"is_waiting": False, "where": "envs/maze.py:7 step"}, {}]

@@ -26,6 +26,8 @@ GRACE_SECONDS=${GRACE_SECONDS:-120}
 LOG_DIR=${LOG_DIR:-logs/$JOB_ID}
 DEVICE=${DEVICE:-auto}
 ENTRY=${ENTRY:-megatron_tcod.train}
+# A store for each start: in the launcher's own, kept over restarts, nodes find the addresses of processes that are gone.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 
 logs=$LOG_DIR/node_$NODE_RANK
