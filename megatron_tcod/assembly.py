@@ -402,7 +402,12 @@ def build_run(config: Config, layout: ParallelLayout, servers: list[Any], closin
     family = load_env(config.environment.env)
     demonstrations = load_demonstrations(config)
     student = PretrainedStudent(
-        config.model.student, layout, optimizer_settings(config), init=config.model.init, seed=training.seed
+        config.model.student,
+        layout,
+        optimizer_settings(config),
+        init=config.model.init,
+        seed=training.seed,
+        transformer_impl=config.model.transformer_impl,
     )
     vocab_size = min(tokenizer.vocab_size, student.shape.vocab_size)  # a model may have more rows than tokens
     teacher = teacher_of(config, layout, student, tokenizer, vocab_size, closing)
@@ -488,7 +493,9 @@ def teacher_of(
     if config.objective.objective == "sft":
         return None
     if not serving.is_teacher_served(config):
-        return load_teacher(config.model.teacher, layout, student=student.shape)
+        return load_teacher(
+            config.model.teacher, layout, student=student.shape, transformer_impl=config.model.transformer_impl
+        )
     url, key, server = serving.teacher_address(config)
     if server is not None:
         closing.enter_context(server)

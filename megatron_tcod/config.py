@@ -46,6 +46,8 @@ class ModelConfig:
     """Hugging Face directory of the student: config.json, tokenizer.json and, unless `init` is random, safetensors."""
     teacher: Annotated[str, also("--opd-teacher-load")] = ""
     """Hugging Face directory of the frozen teacher, or `sglang`: a server scores, see [sglang]. Not read by sft."""
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
+    """Layers: Transformer Engine's modules or megatron-core's own. `auto` takes the first where it imports and a GPU is."""
     init: Literal["load", "random"] = "load"
     """`random` initialises the student from its config.json alone."""
     chat_template: str = "chatml"

@@ -227,8 +227,9 @@ def layer_activations(shape: ModelShape, tp: int, *, recompute: str = "none", se
     """Numbers that one layer keeps of a token for the backward pass, on one tensor-parallel rank.
 
     Two norms and two products keep their inputs (4 H, whole on every rank unless sequence parallel), the head norms a copy of
-    q and, because the keys they keep are a view of it, the whole of qkv, the core attention q, k, v and its output, the output projection its input, SwiGLU 2 F and the last product F. Packed
-    rows of unequal length are padded for the attention, which is not counted.
+    q and, because the keys they keep are a view of it, the whole of qkv, the core attention q, k, v and its output, the
+    output projection its input, SwiGLU 2 F and the last product F. Packed rows of unequal length are padded for the
+    attention, which is not counted.
     """
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
     queries, keys = shape.num_attention_heads * shape.kv_channels, shape.num_query_groups * shape.kv_channels

@@ -21,7 +21,6 @@ COMMANDS = {"launch": "megatron_tcod.launch_checks", "plan": "megatron_tcod.plan
 """Each has a `main(argv)` and is imported only when it is asked for."""
 TESTED_MEGATRON = "0.16.1"
 OPTIONAL = {
-    "transformer_engine": "layers run on the local specification",
     "alfworld": "the alfworld environment cannot be used; pip install '.[alfworld]'",
     "tensorboard": "metrics go to JSONL alone; pip install '.[tensorboard]'",
 }
@@ -50,17 +49,15 @@ def package_lines() -> tuple[list[str], int]:
             lines.append(f"{module:<20} {version_of(module) or 'found'}")
         else:
             lines.append(f"{module:<20} {'-':<14} {cost}")
-    lines.append(apex_line())
     return lines, faults
 
 
-def apex_line() -> str:
-    """NVIDIA's Apex is told from the unrelated package of that name on the index by the kernels it brings."""
-    if importlib.util.find_spec("apex") is None:
-        return f"{'apex':<20} {'-':<14} torch's AdamW is used; gradients are accumulated without fusion"
-    if importlib.util.find_spec("amp_C") is None:
-        return f"{'apex':<20} {'found':<14} not NVIDIA's Apex (no amp_C); build it from NVIDIA's repository"
-    return f"{'apex':<20} found"
+def accelerator_lines() -> list[str]:
+    """Transformer Engine and Apex; needs torch alone."""
+    from megatron_tcod.model import accelerators
+
+    rows = accelerators.describe(accelerators.find())
+    return [f"{name:<20} {told}{'; ' + effect if effect else ''}" for name, told, effect in rows]
 
 
 def device_lines() -> list[str]:
@@ -111,7 +108,7 @@ def main(argv: list[str]) -> int:
     print(f"{'python':<20} {sys.version.split()[0]}")
     print("\n".join(lines))
     if version_of("torch"):
-        print("\n".join(device_lines() + native_lines()))
+        print("\n".join(device_lines() + accelerator_lines() + native_lines()))
     if not faults:
         from megatron_tcod.envs import ENVS
 

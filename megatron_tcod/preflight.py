@@ -18,6 +18,7 @@ from megatron_tcod import serving
 from megatron_tcod.assembly import curriculum_of, layout_of, load_demonstrations, needs_file, tokenizer_of, train_tasks
 from megatron_tcod.config import Config
 from megatron_tcod.envs import check_env_options, load_env
+from megatron_tcod.model import accelerators
 from megatron_tcod.model.build import ModelShape
 from megatron_tcod.model.families.family import Family
 from megatron_tcod.model.mapping import check_tensors, read_hf_config
@@ -34,6 +35,7 @@ def preflight(config: Config, *, world_size: int | None) -> list[str]:
     family, shape = read_model("student", config.model.student)
     if config.model.init == "load":
         check_weights(config.model.student, family, shape)
+    accelerators.choose(config.model.transformer_impl, accelerators.find())
     lines = [f"student {family.model_type}: {describe(shape)}"]
     check_layout("student", shape, layout)
     check_context("student", config, shape)

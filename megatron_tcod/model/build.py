@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_tcod.model import cpu, parallel
+from megatron_tcod.model import accelerators, cpu, parallel
 from megatron_tcod.model.layers import HiddenOutput, PackedAttention, PackedRows, RMSNorm, SwiGLU
 from megatron_tcod.model.parallel import ParallelLayout
 from megatron_tcod.trajectory import Microbatch
@@ -95,9 +95,14 @@ def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
         )
 
 
-def transformer_config(shape: ModelShape, layout: ParallelLayout, *, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    shape: ModelShape, layout: ParallelLayout, *, dtype: torch.dtype, transformer_impl: str = "auto"
+) -> TransformerConfig:
     """Megatron's configuration of `shape`, with the settings that packed rows, CPU hosts and our loss rely on."""
     interleaved = layout.virtual_pipeline_model_parallel_size is not None
+    found = accelerators.find()
+    impl = accelerators.choose(transformer_impl, found)
+    accelerators.log_choice(impl, found)
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -131,7 +136,7 @@ def transformer_config(shape: ModelShape, layout: ParallelLayout, *, dtype: torc
         calculate_per_token_loss=True,  # loss_weight already normalises: no division by data-parallel size
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # initialize_weights draws per name instead
-        gradient_accumulation_fusion=False,
+        **accelerators.config_settings(impl, found),
         cuda_graph_scope=[],  # the default is a deprecated word for this
     )
 
@@ -146,6 +151,7 @@ def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerB
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     parts.mlp.submodules.activation_func = SwiGLU
+    accelerators.fit_layer(layer, config.transformer_impl)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
@@ -157,6 +163,7 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     seed: int | None,
     wrap_ddp: bool,
+    transformer_impl: str = "auto",
 ) -> list[torch.nn.Module]:
     """This rank's model chunks: one, or `virtual_pipeline_model_parallel_size` of them. Collective.
 
@@ -165,7 +172,7 @@ def build_model(
     ValueError when the layout does not divide the shape.
     """
     check_layout(shape, layout)
-    config = transformer_config(shape, layout, dtype=dtype)
+    config = transformer_config(shape, layout, dtype=dtype, transformer_impl=transformer_impl)
     num_chunks = layout.virtual_pipeline_model_parallel_size or 1
     stages = [None] if num_chunks == 1 else list(range(num_chunks))
     chunks: list[torch.nn.Module] = [_build_chunk(shape, config, vp_stage) for vp_stage in stages]

@@ -39,6 +39,7 @@ class PretrainedStudent(Student):
         init: Literal["load", "random"] = "load",
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
+        transformer_impl: str = "auto",
     ):
         """Collective. `init` random reads config.json alone and draws the weights from `seed`, equally in every layout.
 
@@ -46,7 +47,8 @@ class PretrainedStudent(Student):
         """
         self.directory = Path(directory)
         self.family, shape = read_hf_config(directory)
-        super().__init__(shape, layout, settings, seed=seed if init == "random" else None, dtype=dtype)
+        drawn = seed if init == "random" else None
+        super().__init__(shape, layout, settings, seed=drawn, dtype=dtype, transformer_impl=transformer_impl)
         if init == "load":
             load_hf(self.chunks, directory, self.family, shape)
             self.weights_loaded()
@@ -83,11 +85,16 @@ class PretrainedStudent(Student):
 
 
 def load_teacher(
-    directory: str | Path, layout: ParallelLayout, *, student: ModelShape, dtype: torch.dtype = torch.float32
+    directory: str | Path,
+    layout: ParallelLayout,
+    *,
+    student: ModelShape,
+    dtype: torch.dtype = torch.float32,
+    transformer_impl: str = "auto",
 ) -> Teacher:
     """The frozen teacher of a Hugging Face directory, its vocabulary cut like the student's. Collective."""
     family, shape = read_hf_config(directory)
-    teacher = Teacher(shape, layout, seed=None, dtype=dtype)
+    teacher = Teacher(shape, layout, seed=None, dtype=dtype, transformer_impl=transformer_impl)
     load_hf(teacher.chunks, directory, family, shape)
     teacher.align_vocabulary(student)
     return teacher

@@ -101,10 +101,13 @@ class Student:
         *,
         seed: int | None,
         dtype: torch.dtype = torch.float32,
+        transformer_impl: str = "auto",
     ):
         """Collective. With `seed` None the weights are unset: load them, then call `weights_loaded`."""
         self.shape, self.layout, self.settings = shape, layout, settings
-        self.chunks = build.build_model(shape, layout, dtype=dtype, seed=seed, wrap_ddp=True)
+        self.chunks = build.build_model(
+            shape, layout, dtype=dtype, seed=seed, wrap_ddp=True, transformer_impl=transformer_impl
+        )
         build.unwrap(self.chunks[0]).config.finalize_model_grads_func = _reduce_gradients
         self.optimizer = _adam(self.chunks, settings, dtype)
         self.scheduler = OptimizerParamScheduler(

@@ -26,7 +26,13 @@ class Teacher:
     """Frozen model chunks of this rank: `chunks` holds one GPTModel."""
 
     def __init__(
-        self, shape: ModelShape, layout: ParallelLayout, *, seed: int | None, dtype: torch.dtype = torch.float32
+        self,
+        shape: ModelShape,
+        layout: ParallelLayout,
+        *,
+        seed: int | None,
+        dtype: torch.dtype = torch.float32,
+        transformer_impl: str = "auto",
     ):
         """Collective. With `seed` None the weights are unset until they are loaded.
 
@@ -34,7 +40,9 @@ class Teacher:
         """
         self.shape = shape
         self.layout = dataclasses.replace(layout, virtual_pipeline_model_parallel_size=None)
-        self.chunks = build.build_model(shape, self.layout, dtype=dtype, seed=seed, wrap_ddp=False)
+        self.chunks = build.build_model(
+            shape, self.layout, dtype=dtype, seed=seed, wrap_ddp=False, transformer_impl=transformer_impl
+        )
         for chunk in self.chunks:
             chunk.eval()
         self._head: Tensor | None = None
