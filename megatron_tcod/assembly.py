@@ -17,6 +17,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from megatron_tcod import serving
 from megatron_tcod.config import SGLANG, Config, ObjectiveConfig, ParallelConfig, RolloutConfig
 from megatron_tcod.curriculum import Curriculum, Schedule, make_curriculum
@@ -24,6 +26,7 @@ from megatron_tcod.envs import load_env
 from megatron_tcod.envs.base import EnvironmentFamily
 from megatron_tcod.envs.demonstrations import read_demonstrations
 from megatron_tcod.model import parallel
+from megatron_tcod.model.build import Recompute
 from megatron_tcod.model.parallel import ParallelLayout
 from megatron_tcod.model.pretrained import PretrainedStudent, load_teacher
 from megatron_tcod.model.student import OptimizerSettings
@@ -195,7 +198,34 @@ def layout_of(config: ParallelConfig) -> ParallelLayout:
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
+        sequence_parallel=config.sequence_parallel,
     )
+
+
+def teacher_layout_of(config: ParallelConfig) -> ParallelLayout | None:
+    """The teacher's own layout, or None where it is cut like the student."""
+    student = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    tp = config.teacher_tensor_model_parallel_size or student[0]
+    pp = config.teacher_pipeline_model_parallel_size or student[1]
+    if (tp, pp) == student:
+        return None
+    return ParallelLayout(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        sequence_parallel=config.sequence_parallel and tp > 1,
+    )
+
+
+def recompute_of(config: ParallelConfig) -> Recompute:
+    return Recompute(
+        granularity=config.recompute_granularity,
+        method=config.recompute_method,
+        num_layers=config.recompute_num_layers,
+    )
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.training.bf16 else torch.float32
 
 
 def tokenizer_of(config: Config, directory: str) -> TurnTokenizer:
@@ -407,6 +437,8 @@ def build_run(config: Config, layout: ParallelLayout, servers: list[Any], closin
         optimizer_settings(config),
         init=config.model.init,
         seed=training.seed,
+        dtype=dtype_of(config),
+        recompute=recompute_of(config.parallel),
         transformer_impl=config.model.transformer_impl,
     )
     vocab_size = min(tokenizer.vocab_size, student.shape.vocab_size)  # a model may have more rows than tokens
@@ -494,7 +526,13 @@ def teacher_of(
         return None
     if not serving.is_teacher_served(config):
         return load_teacher(
-            config.model.teacher, layout, student=student.shape, transformer_impl=config.model.transformer_impl
+            config.model.teacher,
+            layout,
+            student=student.shape,
+            dtype=dtype_of(config),
+            own_layout=teacher_layout_of(config.parallel),
+            offload=config.parallel.teacher_offload,
+            transformer_impl=config.model.transformer_impl,
         )
     url, key, server = serving.teacher_address(config)
     if server is not None:
@@ -537,4 +575,5 @@ def optimizer_settings(config: Config) -> OptimizerSettings:
         adam_beta2=training.adam_beta2,
         adam_eps=training.adam_eps,
         clip_grad=training.clip_grad,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )

@@ -65,7 +65,23 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int | None = Field(default=None, ge=2)
     """Model chunks per pipeline rank for the interleaved schedule."""
     context_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that share each sequence."""
+    """Ranks that share the tokens of each microbatch."""
+    sequence_parallel: bool = False
+    """Tensor-parallel ranks share the tokens between a layer's matrix products."""
+    use_distributed_optimizer: bool = False
+    """Data-parallel ranks share Adam's state and the fp32 master weights."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Activations computed again in the backward pass: whole layers, or the core attention."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """full: `uniform` keeps the input of every recompute_num_layers layers, `block` recomputes that many per chunk."""
+    recompute_num_layers: int | None = Field(default=None, ge=1)
+    """full: layers of a unit (uniform), or recomputed layers of a model chunk (block)."""
+    teacher_tensor_model_parallel_size: int | None = Field(default=None, ge=1)
+    """The teacher's own; by default the student's."""
+    teacher_pipeline_model_parallel_size: int | None = Field(default=None, ge=1)
+    """The teacher's own; by default the student's."""
+    teacher_offload: bool = False
+    """Keep the teacher's weights in host memory but while it scores."""
     distributed_timeout_minutes: int = Field(default=30, ge=1)
     """Minutes that a rank waits for the others in a collective, rollouts of ranks that play included."""
     heartbeat_timeout_seconds: float = Field(default=120.0, ge=0)
@@ -92,6 +108,8 @@ class TrainingConfig:
     """AdamW's second-moment decay rate."""
     adam_eps: float = Field(default=1e-8, gt=0)
     """AdamW's denominator offset."""
+    bf16: bool = False
+    """Student and teacher compute in bfloat16; gradients are summed, and Adam steps master weights, in fp32."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Global gradient norm limit; 0 turns clipping off."""
     max_tokens_per_microbatch: Annotated[int, also("--max-tokens-per-gpu")] = Field(default=16384, ge=1)

@@ -45,7 +45,7 @@ def evaluate(run: Assembly, *, step: int) -> dict[str, Any]:
         microbatches, per_token = measure(
             episodes, student=run.student, teacher=run.teacher, objective=measuring, pack=run.pack
         )
-        speaks = parallel.tp_rank() == 0 and parallel.pp_rank() == 0  # one rank of each replica
+        speaks = parallel.is_first_in_replica()
         scores = gather_scores(scores_by_turn(microbatches, per_token) if speaks else {})
     return evaluation_record(
         step, episodes, scores, split=config.eval_split, temperature=config.eval_temperature,

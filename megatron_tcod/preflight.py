@@ -15,11 +15,21 @@ from pathlib import Path
 import torch
 
 from megatron_tcod import serving
-from megatron_tcod.assembly import curriculum_of, layout_of, load_demonstrations, needs_file, tokenizer_of, train_tasks
-from megatron_tcod.config import Config
+from megatron_tcod.assembly import (
+    curriculum_of,
+    dtype_of,
+    layout_of,
+    load_demonstrations,
+    needs_file,
+    recompute_of,
+    teacher_layout_of,
+    tokenizer_of,
+    train_tasks,
+)
+from megatron_tcod.config import SGLANG, Config
 from megatron_tcod.envs import check_env_options, load_env
 from megatron_tcod.model import accelerators
-from megatron_tcod.model.build import ModelShape
+from megatron_tcod.model.build import ModelShape, check_recompute
 from megatron_tcod.model.families.family import Family
 from megatron_tcod.model.mapping import check_tensors, read_hf_config
 from megatron_tcod.model.parallel import ParallelLayout, check_world_size
@@ -32,17 +42,23 @@ def preflight(config: Config, *, world_size: int | None) -> list[str]:
     """What the run consists of, a line each. `world_size` None skips the check that needs it."""
     layout = layout_of(config.parallel)
     dp = check_world_size(layout, world_size) if world_size is not None else None
+    teacher_layout = teacher_layout_of(config.parallel)
+    if teacher_layout is not None and world_size is not None:
+        check_teacher_world_size(teacher_layout, world_size)
+    recompute = recompute_of(config.parallel)
     family, shape = read_model("student", config.model.student)
     if config.model.init == "load":
         check_weights(config.model.student, family, shape)
     accelerators.choose(config.model.transformer_impl, accelerators.find())
     lines = [f"student {family.model_type}: {describe(shape)}"]
     check_layout("student", shape, layout)
+    check_recompute(shape, layout, recompute)
     check_context("student", config, shape)
     tokenizer = tokenizer_of(config, config.model.student)
     check_vocabulary("student", shape, tokenizer)
     lines += serving.check_servers(config, dp_size=dp)
     if serving.is_teacher_served(config):
+        check_served_teacher(config)
         if config.sglang.teacher_model:
             check_same_tokenizer(tokenizer, tokenizer_of(config, config.sglang.teacher_model))
     elif config.objective.objective != "sft":
@@ -50,7 +66,7 @@ def preflight(config: Config, *, world_size: int | None) -> list[str]:
         lines.append(f"teacher {family.model_type}: {describe(teacher)}")
         check_weights(config.model.teacher, family, teacher)
         check_context("teacher", config, teacher)
-        check_layout("teacher", teacher, layout)
+        check_layout("teacher", teacher, teacher_layout or layout)
         check_same_tokenizer(tokenizer, tokenizer_of(config, config.model.teacher))
         check_vocabulary("teacher", teacher, tokenizer)
     environment = load_env(config.environment.env)
@@ -71,9 +87,16 @@ def preflight(config: Config, *, world_size: int | None) -> list[str]:
     depths = [curriculum.depth(step) for step in (0, max(config.training.train_iters - 1, 0))]
     lines.append(f"curriculum {config.curriculum.curriculum}: k {depths[0]} -> {depths[1]}")
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    lines.append(f"layout: tp {tp}, pp {pp}, dp {'as launched' if dp is None else dp}")
+    cp = f"cp {layout.context_parallel_size}, " if layout.context_parallel_size > 1 else ""
+    lines.append(f"layout: tp {tp}, pp {pp}, {cp}dp {'as launched' if dp is None else dp}")
+    if teacher_layout is not None:
+        tp, pp = teacher_layout.tensor_model_parallel_size, teacher_layout.pipeline_model_parallel_size
+        lines.append(f"teacher's layout: tp {tp}, pp {pp}")
+    if config.parallel.teacher_offload:
+        cost = "" if torch.cuda.is_available() else "; without CUDA they are there anyway and nothing is copied"
+        lines.append(f"teacher's weights: in host memory but while it scores{cost}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backend = backends.choose(config.objective.divergence_backend, device=device, dtype=torch.float32)
+    backend = backends.choose(config.objective.divergence_backend, device=device, dtype=dtype_of(config))
     lines.append(f"divergence: {backend.name} on {device}")
     return lines
 
@@ -119,10 +142,46 @@ def check_layout(role: str, shape: ModelShape, layout: ParallelLayout) -> None:
     chunks = layout.pipeline_model_parallel_size * (layout.virtual_pipeline_model_parallel_size or 1)
     if role == "teacher":
         chunks = layout.pipeline_model_parallel_size
+    check_context_parallel(role, shape, layout)
     if shape.num_layers % chunks:
         raise ValueError(
             f"{role} num_layers = {shape.num_layers} is not divisible by the {chunks} pipeline chunks "
             f"(pipeline_model_parallel_size x virtual_pipeline_model_parallel_size); change one of them"
+        )
+
+
+def check_context_parallel(role: str, shape: ModelShape, layout: ParallelLayout) -> None:
+    tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
+    heads, groups = shape.num_attention_heads // tp, shape.num_query_groups // tp
+    if heads % cp or (groups % cp and cp % groups):
+        raise ValueError(
+            f"context_parallel_size = {cp} does not share out the {role}'s {heads} query and {groups} key-value heads of "
+            f"a tensor-parallel rank; choose one that divides the first, and divides or is a multiple of the second"
+        )
+
+
+def check_teacher_world_size(layout: ParallelLayout, world_size: int) -> None:
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    if world_size % layout.model_parallel_size:
+        raise ValueError(
+            f"teacher_tensor_model_parallel_size {tp} x teacher_pipeline_model_parallel_size {pp} does not divide the "
+            f"world of {world_size} ranks that it shares with the student; change one of them or start other ranks"
+        )
+
+
+def check_served_teacher(config: Config) -> None:
+    """A server knows nothing of these settings, and scores whole rows."""
+    ours = ("teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size", "teacher_offload")
+    for name in ours:
+        if getattr(config.parallel, name):
+            raise ValueError(
+                f"{name} = {getattr(config.parallel, name)} is about a teacher in these processes, but teacher = "
+                f"{SGLANG}; leave it unset and pass the server's own flags"
+            )
+    if config.parallel.context_parallel_size > 1:
+        raise ValueError(
+            f"context_parallel_size = {config.parallel.context_parallel_size} is not supported with teacher = {SGLANG}; "
+            f"set it to 1, or --teacher to a directory"
         )
 
 

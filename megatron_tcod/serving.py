@@ -57,7 +57,7 @@ def uses_servers(config: Config) -> bool:
 
 def is_player(config: Config) -> bool:
     """Whether this rank plays episodes."""
-    return config.rollout.rollout_engine != SGLANG or parallel.replica_ranks()[0] == parallel.rank()
+    return config.rollout.rollout_engine != SGLANG or parallel.is_first_in_replica()
 
 
 def player_ranks(config: Config) -> list[int]:

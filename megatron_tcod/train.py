@@ -110,7 +110,7 @@ class RunRecords:
         counts: dict[str, int],
     ) -> None:
         """Reduce and write one step. Collective: one reduction for the metrics, one gather for the trajectories."""
-        speaks = parallel.tp_rank() == 0 and parallel.pp_rank() == 0  # one rank of each replica
+        speaks = parallel.is_first_in_replica()
         mine = episodes if parallel.rank() == 0 else []
         own = (microbatches, stats.per_token) if speaks else ([], [])
         sums = reduce_sums(self._metrics.local_sums(mine, *own, counts=counts))

@@ -200,7 +200,8 @@ class Microbatch:
 class TeacherTarget:
     """What a teacher in the trainer's processes says at the trained positions of one microbatch.
 
-    Example: `TeacherTarget(hidden=hidden, head=head)` with `hidden [S, H_t]` and this rank's `head [V/tp, H_t]`.
+    Example: `TeacherTarget(hidden=hidden, head=head)` with `hidden [S, H_t]` and this rank's `head [V/tp, H_t]`. Under
+    context parallelism a rank has the positions whose hidden states it computes, [S/cp, H_t].
     """
 
     hidden: torch.Tensor  # [S, H_t] no gradient

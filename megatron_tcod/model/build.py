@@ -68,6 +68,35 @@ class ModelShape:
             raise ValueError(f"kv_channels {self.kv_channels} must be even: RoPE rotates pairs of channels")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recompute:
+    """Which activations the backward pass computes again instead of keeping them, under Megatron's names.
+
+    Example: `Recompute(granularity="full", method="uniform", num_layers=1)`
+    """
+
+    granularity: str | None = None
+    """`full`: whole layers. `selective`: the core attention. None keeps everything."""
+    method: str | None = None
+    """With full: `uniform` keeps the input of every unit of `num_layers` layers, `block` recomputes the first
+    `num_layers` layers of each chunk and keeps the others whole."""
+    num_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.granularity not in (None, "full", "selective"):
+            raise ValueError(f"recompute_granularity {self.granularity!r} is neither full nor selective")
+        if self.granularity != "full" and (self.method or self.num_layers):
+            raise ValueError(
+                f"recompute_method {self.method} and recompute_num_layers {self.num_layers} choose among whole layers; "
+                f"set recompute_granularity full (now {self.granularity}) or leave them unset"
+            )
+        if self.granularity == "full" and (self.method not in ("uniform", "block") or not self.num_layers):
+            raise ValueError(
+                f"recompute_granularity full needs recompute_method uniform or block, got {self.method}, and "
+                f"recompute_num_layers of at least 1, got {self.num_layers}; uniform with 1 keeps least"
+            )
+
+
 def padded_vocab_size(vocab_size: int, tp: int, divisible_by: int = 128) -> int:
     """The smallest multiple of `divisible_by * tp` that holds the vocabulary."""
     unit = divisible_by * tp
@@ -87,6 +116,12 @@ def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
         raise ValueError(
             f"tensor_model_parallel_size {tp} and num_query_groups {groups}: one must divide the other; choose such a tp"
         )
+    cp, heads, groups = layout.context_parallel_size, shape.num_attention_heads // tp, max(groups // tp, 1)
+    if heads % cp or (groups % cp and cp % groups):
+        raise ValueError(
+            f"context_parallel_size {cp} shares out the {heads} query and {groups} key-value heads of a tensor-parallel "
+            "rank: it must divide the first, and divide or be a multiple of the second; choose such a cp"
+        )
     num_chunks = layout.pipeline_model_parallel_size * (layout.virtual_pipeline_model_parallel_size or 1)
     if shape.num_layers % num_chunks:
         raise ValueError(
@@ -95,10 +130,27 @@ def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
         )
 
 
+def check_recompute(shape: ModelShape, layout: ParallelLayout, recompute: Recompute) -> None:
+    """ValueError when the units of `uniform` do not fill a model chunk; Megatron would run past its last layer."""
+    num_chunks = layout.pipeline_model_parallel_size * (layout.virtual_pipeline_model_parallel_size or 1)
+    held = shape.num_layers // num_chunks
+    if recompute.method == "uniform" and recompute.num_layers and held % recompute.num_layers:
+        raise ValueError(
+            f"recompute_num_layers {recompute.num_layers} with recompute_method uniform does not divide the {held} layers "
+            "of a model chunk; choose a divisor, 1 keeps least"
+        )
+
+
 def transformer_config(
-    shape: ModelShape, layout: ParallelLayout, *, dtype: torch.dtype, transformer_impl: str = "auto"
+    shape: ModelShape,
+    layout: ParallelLayout,
+    *,
+    dtype: torch.dtype,
+    recompute: Recompute | None = None,
+    transformer_impl: str = "auto",
 ) -> TransformerConfig:
     """Megatron's configuration of `shape`, with the settings that packed rows, CPU hosts and our loss rely on."""
+    recompute = recompute or Recompute()
     interleaved = layout.virtual_pipeline_model_parallel_size is not None
     found = accelerators.find()
     impl = accelerators.choose(transformer_impl, found)
@@ -129,6 +181,11 @@ def transformer_config(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+        sequence_parallel=layout.sequence_parallel,
+        recompute_granularity=recompute.granularity,
+        recompute_method=recompute.method,
+        recompute_num_layers=recompute.num_layers,
         variable_seq_lengths=True,  # microbatches differ in T; the config check ties it to the alltoall dispatcher
         moe_token_dispatcher_type="alltoall",
         overlap_p2p_comm=interleaved,  # interleaving without it receives wrong tensors in silence
@@ -163,16 +220,20 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     seed: int | None,
     wrap_ddp: bool,
+    recompute: Recompute | None = None,
+    use_distributed_optimizer: bool = False,
     transformer_impl: str = "auto",
 ) -> list[torch.nn.Module]:
     """This rank's model chunks: one, or `virtual_pipeline_model_parallel_size` of them. Collective.
 
     `seed` None leaves the weights unset for a loader that sets every one of them. With `wrap_ddp` each chunk is wrapped
-    in Megatron's DistributedDataParallel and holds fp32 `main_grad` buffers, otherwise no parameter takes gradients.
+    in Megatron's DistributedDataParallel and holds fp32 `main_grad` buffers, otherwise no parameter takes gradients. With
+    `use_distributed_optimizer` gradients are reduced to the rank that owns a part of them and are whole on none.
     ValueError when the layout does not divide the shape.
     """
     check_layout(shape, layout)
-    config = transformer_config(shape, layout, dtype=dtype, transformer_impl=transformer_impl)
+    check_recompute(shape, layout, recompute or Recompute())
+    config = transformer_config(shape, layout, dtype=dtype, recompute=recompute, transformer_impl=transformer_impl)
     num_chunks = layout.virtual_pipeline_model_parallel_size or 1
     stages = [None] if num_chunks == 1 else list(range(num_chunks))
     chunks: list[torch.nn.Module] = [_build_chunk(shape, config, vp_stage) for vp_stage in stages]
@@ -181,7 +242,9 @@ def build_model(
         initialize_weights(chunks, shape, seed=seed)
     if not wrap_ddp:
         return [chunk.requires_grad_(False) for chunk in chunks]
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=use_distributed_optimizer
+    )
     return [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
@@ -344,9 +407,10 @@ def packed_rows(chunk: torch.nn.Module, cu_seqlens: Tensor) -> PackedRows:
 def forward_hidden(chunk: torch.nn.Module, microbatch: Microbatch, *, rows: PackedRows | None = None) -> Tensor:
     """One chunk's forward pass over packed rows; `rows` saves working them out again for a further chunk.
 
-    The last chunk of the pipeline returns the hidden states after the final norm [1, T, H] (batch first, as Megatron
-    leaves its output), any other chunk [T, 1, H] for the next stage. The input of a chunk that is not the first is
-    what the schedule set with `set_input_tensor`.
+    `microbatch` is what `context.own_part` returns. The last chunk of the pipeline returns the hidden states after the
+    final norm [1, T/cp, H] (batch first, as Megatron leaves its output), any other chunk [T/cp, 1, H] for the next stage,
+    or this rank's [T/cp/tp, 1, H] under sequence parallelism. The input of a chunk that is not the first is what the
+    schedule set with `set_input_tensor`.
     """
     if rows is None:
         rows = packed_rows(chunk, microbatch.cu_seqlens)

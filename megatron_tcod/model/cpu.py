@@ -25,7 +25,8 @@ TESTED_VERSIONS = ("0.16.1",)
 
 SITES = {
     "utils": "GlobalMemoryBuffer and the l2 norm allocate on torch.cuda.current_device()",
-    "tensor_parallel.mappings": "gathers heads along the last dimension where tp exceeds the key-value heads",
+    "tensor_parallel.layers": "sequence parallelism allocates the scattered gradient of a layer's input",
+    "tensor_parallel.mappings": "sequence parallelism and tp beyond the key-value heads gather into new tensors",
     "tensor_parallel.random": "activation recompute reads and sets the CUDA generator",
     "pipeline_parallel.schedules": "the token counter of each schedule is a device='cuda' tensor",
     "pipeline_parallel.p2p_communication": "receive buffers, shape tensors, a synchronize() after each exchange",
@@ -57,6 +58,7 @@ class _CudaName(types.ModuleType):
     synchronize = staticmethod(lambda *args, **kwargs: None)
     manual_seed = staticmethod(lambda seed: None)
     get_rng_state = staticmethod(lambda *args, **kwargs: torch.get_rng_state())
+    random = types.SimpleNamespace(get_rng_state=get_rng_state)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)

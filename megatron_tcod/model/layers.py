@@ -22,9 +22,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+
+from megatron_tcod.model import parallel
+from megatron_tcod.model.context import to_heads, to_tokens
 
 SIMILAR_LENGTH = 0.7
 """A row joins a group when it is at least this fraction of the group's longest: padding stays under 1 / 0.7 in tokens
@@ -182,25 +185,28 @@ class PackedAttention(MegatronModule):
 
     def __init__(self, config: Any, layer_number: int, *args: Any, softmax_scale: float | None = None, **kwargs: Any):
         super().__init__(config=config)
-        assert config.context_parallel_size == 1 and config.attention_dropout == 0.0
+        assert config.attention_dropout == 0.0
+        self.cp_group = parallel.cp_group()
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
     def forward(
         self,
-        query: Tensor,  # [T, n/tp, D]
-        key: Tensor,  # [T, n_kv/tp, D]
-        value: Tensor,  # [T, n_kv/tp, D]
+        query: Tensor,  # [T/cp, n/tp, D]
+        key: Tensor,  # [T/cp, n_kv/tp, D]
+        value: Tensor,  # [T/cp, n_kv/tp, D]
         attention_mask: None = None,
         attn_mask_type: Any = None,
         attention_bias: None = None,
         packed_seq_params: PackedRows | None = None,
     ) -> Tensor:
-        """[T, n/tp * D]"""
+        """[T/cp, n/tp * D]"""
         assert attention_mask is None and attention_bias is None, "packed rows are causal and carry no mask"
         assert isinstance(packed_seq_params, PackedRows), "pass PackedRows as packed_seq_params"
         rows = packed_seq_params
+        query, key, value = (to_heads(x, self.cp_group) for x in (query, key, value))  # [T, n/tp/cp, D]
         query, key = _Rotate.apply(query, rows.cos, rows.sin), _Rotate.apply(key, rows.cos, rows.sin)
-        return packed_attention(query, key, value, rows, scale=self.scale).flatten(1)
+        output = packed_attention(query, key, value, rows, scale=self.scale)  # [T, n/tp/cp, D]
+        return to_tokens(output, self.cp_group).flatten(1)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -232,11 +238,15 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last dimension, with Megatron's constructor."""
+    """Root-mean-square norm over the last dimension, with Megatron's constructor.
+
+    Under sequence parallelism a rank sees only its tokens, and Megatron sums the gradients of weights so marked.
+    """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -277,8 +287,11 @@ class HiddenOutput(ColumnParallelLinear):
     """An output layer that owns its weight and its checkpoint keys but hands the hidden states on.
 
     The loss projects to the vocabulary at the trained positions only. What the stock forward does besides the product
-    is the objective's part: summing the hidden gradient over the tensor-parallel ranks.
+    is the objective's part: summing the hidden gradient over the tensor-parallel ranks. Under sequence parallelism the
+    ranks' tokens are gathered here: the objective wants the same rows on each of them.
     """
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        if self.config.sequence_parallel:  # [T/cp/tp, 1, H] -> [T/cp, 1, H]; the gradient comes back already summed
+            input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=False)
         return input_, None

@@ -1,19 +1,25 @@
-"""The process mesh: tensor x pipeline x data parallel ranks on torch.distributed and Megatron's parallel_state.
+"""The process mesh: tensor, context, pipeline and data parallel ranks on torch.distributed and Megatron's parallel_state.
 
     layout = ParallelLayout(tensor_model_parallel_size=2)
     initialize(layout)            # under torchrun, or alone as a world of one
-    ...
+    other = build_mesh(ParallelLayout(pipeline_model_parallel_size=2))
+    with other.active():          # the same ranks in other groups, for a model of another layout
+        ...
     shutdown()
 
-gloo without CUDA, NCCL with it. Bytes travel as tensors (`all_gather_bytes`), never as pickled objects.
-Context parallelism and sequence parallelism are refused, not approximated.
+gloo without CUDA, NCCL with it. Bytes travel as tensors (`all_gather_bytes`), never as pickled objects. What the sizes
+mean for a model is `build.py`, for a microbatch `context.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,19 +43,19 @@ class ParallelLayout:
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per pipeline rank; None is the plain 1F1B schedule, 2 or more the interleaved one."""
     context_parallel_size: int = 1
+    """Ranks that share the tokens of each packed microbatch; see `context.py`."""
     sequence_parallel: bool = False
+    """Between the layers' matrix products each tensor-parallel rank holds only its part of the tokens."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.context_parallel_size > 1:
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError(
-                f"context_parallel_size {self.context_parallel_size} is not supported yet, expected 1; use tensor or "
-                "pipeline parallelism, or shorter rows"
+                "sequence_parallel cuts tokens over the tensor-parallel ranks and tensor_model_parallel_size is 1; raise "
+                "tensor_model_parallel_size or leave sequence_parallel off"
             )
-        if self.sequence_parallel:
-            raise ValueError("sequence_parallel is not supported yet; leave it off")
         virtual = self.virtual_pipeline_model_parallel_size
         if virtual is not None and (virtual < 2 or self.pipeline_model_parallel_size < 2):
             raise ValueError(
@@ -62,6 +68,11 @@ class ParallelLayout:
     def model_parallel_size(self) -> int:
         """Ranks in one model replica."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def token_multiple(self) -> int:
+        """The tokens of a microbatch are padded to a multiple of this, so that every rank holds an equal part."""
+        return self.context_parallel_size * (self.tensor_model_parallel_size if self.sequence_parallel else 1)
 
 
 def check_world_size(layout: ParallelLayout, world_size: int) -> int:
@@ -90,7 +101,20 @@ def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_minutes: flo
         _join_world(timeout)
     check_world_size(layout, dist.get_world_size())
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _close_groups()
+    _build_groups(layout, timeout_minutes)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _close_groups() -> None:
+    """Megatron only forgets its groups; gloo keeps threads and sockets for each, NCCL memory."""
+    for group in parallel_state._global_process_group_list or []:
+        if isinstance(group, dist.ProcessGroup):
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+
+
+def _build_groups(layout: ParallelLayout, timeout_minutes: float) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
@@ -99,7 +123,48 @@ def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_minutes: flo
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
         create_gloo_process_groups=False,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A second layout over the same ranks, for a model that is cut otherwise; `build_mesh` makes one.
+
+    Megatron knows one set of groups, and so do this file's functions: inside `active()` it is this mesh's.
+    """
+
+    layout: ParallelLayout
+    _state: dict[str, Any]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Build and run the other model in here; the groups of before come back at the end. Not collective."""
+        before = _group_state()
+        vars(parallel_state).update(self._state)
+        try:
+            yield
+        finally:
+            vars(parallel_state).update(before)
+
+
+def build_mesh(layout: ParallelLayout, *, timeout_minutes: float = 10) -> Mesh:
+    """Groups of `layout` beside those of `initialize`, which stay in force. Collective over all ranks.
+
+    They last until `initialize` is called again or `shutdown`."""
+    check_world_size(layout, dist.get_world_size())
+    before, open_groups = _group_state(), parallel_state._global_process_group_list
+    parallel_state.destroy_model_parallel()  # forgets the groups, which live on in `before`
+    try:
+        _build_groups(layout, timeout_minutes)
+        return Mesh(layout, _group_state())
+    finally:
+        vars(parallel_state).update(before)
+        parallel_state._global_process_group_list = open_groups + (parallel_state._global_process_group_list or [])
+
+
+def _group_state() -> dict[str, Any]:
+    """Every group, rank and size that parallel_state keeps; its scratch buffer is good for all meshes."""
+    state = {name: value for name, value in vars(parallel_state).items() if re.fullmatch(r"_[A-Z][A-Z_]+", name)}
+    return {name: value for name, value in state.items() if not name.endswith("_BUFFER")}
 
 
 def _join_world(timeout: datetime.timedelta) -> None:
@@ -158,6 +223,18 @@ def pp_size() -> int:
     return parallel_state.get_pipeline_model_parallel_world_size()
 
 
+def cp_group() -> dist.ProcessGroup:
+    return parallel_state.get_context_parallel_group()
+
+
+def cp_rank() -> int:
+    return parallel_state.get_context_parallel_rank()
+
+
+def cp_size() -> int:
+    return parallel_state.get_context_parallel_world_size()
+
+
 def dp_group() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group()
 
@@ -171,13 +248,18 @@ def dp_size() -> int:
 
 
 def replica_group() -> dist.ProcessGroup:
-    """The tp * pp ranks that hold this rank's copy of the model."""
+    """The tp * pp ranks that together hold one copy of the weights; a replica with cp > 1 is cp such groups."""
     return parallel_state.get_model_parallel_group()
 
 
 def replica_ranks() -> list[int]:
     """Global ranks of `replica_group`."""
     return dist.get_process_group_ranks(replica_group())
+
+
+def is_first_in_replica() -> bool:
+    """Whether this rank answers for its replica: exactly one rank of each does."""
+    return tp_rank() == pp_rank() == cp_rank() == 0
 
 
 def is_first_stage() -> bool:

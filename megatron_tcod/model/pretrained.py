@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from megatron_tcod.model import checkpoint
-from megatron_tcod.model.build import ModelShape
+from megatron_tcod.model.build import ModelShape, Recompute
 from megatron_tcod.model.mapping import export_hf, load_hf, read_hf_config
-from megatron_tcod.model.parallel import ParallelLayout
+from megatron_tcod.model.parallel import ParallelLayout, build_mesh
 from megatron_tcod.model.student import OptimizerSettings, Student
 from megatron_tcod.model.teacher import Teacher
 
@@ -39,6 +39,7 @@ class PretrainedStudent(Student):
         init: Literal["load", "random"] = "load",
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
+        recompute: Recompute | None = None,
         transformer_impl: str = "auto",
     ):
         """Collective. `init` random reads config.json alone and draws the weights from `seed`, equally in every layout.
@@ -48,7 +49,9 @@ class PretrainedStudent(Student):
         self.directory = Path(directory)
         self.family, shape = read_hf_config(directory)
         drawn = seed if init == "random" else None
-        super().__init__(shape, layout, settings, seed=drawn, dtype=dtype, transformer_impl=transformer_impl)
+        super().__init__(
+            shape, layout, settings, seed=drawn, dtype=dtype, recompute=recompute, transformer_impl=transformer_impl
+        )
         if init == "load":
             load_hf(self.chunks, directory, self.family, shape)
             self.weights_loaded()
@@ -90,11 +93,21 @@ def load_teacher(
     *,
     student: ModelShape,
     dtype: torch.dtype = torch.float32,
+    own_layout: ParallelLayout | None = None,
+    offload: bool = False,
     transformer_impl: str = "auto",
 ) -> Teacher:
-    """The frozen teacher of a Hugging Face directory, its vocabulary cut like the student's. Collective."""
+    """The frozen teacher of a Hugging Face directory, its vocabulary cut like the student's. Collective.
+
+    `layout` and `student` are the student's. With `own_layout` the teacher is cut by that over the same ranks; with
+    `offload` its weights stay in host memory between scores.
+    """
     family, shape = read_hf_config(directory)
-    teacher = Teacher(shape, layout, seed=None, dtype=dtype, transformer_impl=transformer_impl)
-    load_hf(teacher.chunks, directory, family, shape)
+    mesh = build_mesh(own_layout) if own_layout else None
+    teacher = Teacher(shape, layout, seed=None, dtype=dtype, mesh=mesh, transformer_impl=transformer_impl)
+    with teacher.active():
+        load_hf(teacher.chunks, directory, family, shape)
     teacher.align_vocabulary(student)
+    if offload:
+        teacher.offload()
     return teacher

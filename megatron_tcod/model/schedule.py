@@ -2,9 +2,9 @@
 
     results = run_schedule(chunks, layout, microbatches, on_hidden, forward_only=True)
 
-`on_hidden(index, hidden)` is called on the last stage with the hidden states [S, H] at the trained positions of
-microbatch `index` and returns the scalar that is differentiated. Every rank of a replica passes the same microbatches;
-replicas may differ in number and size, and may have none.
+`on_hidden(index, hidden)` is called on the last stage with the hidden states [S/cp, H] at the trained positions of
+microbatch `index` that lie in this rank's part of its tokens, if any do, and returns the scalar that is differentiated.
+Every rank of a replica passes the same, whole microbatches; replicas may differ in number and size, and may have none.
 
 It does not wrap or change Megatron's schedules, reduce gradients or step an optimizer.
 """
@@ -18,7 +18,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_tcod.model import build
+from megatron_tcod.model import build, context
 from megatron_tcod.model.parallel import ParallelLayout
 from megatron_tcod.trajectory import Microbatch
 
@@ -61,6 +61,7 @@ def run_schedule(
     """
     num_real = len(microbatches)
     padded = pad_microbatches(microbatches, layout, next(chunks[0].parameters()).device)
+    padded = [context.own_part(microbatch, layout) for microbatch in padded]
     all_rows = [build.packed_rows(chunks[0], microbatch.cu_seqlens) for microbatch in padded]
 
     def forward_step(data: Iterator[int], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -69,7 +70,7 @@ def run_schedule(
         output = build.forward_hidden(chunk, microbatch, rows=all_rows[index])
 
         def loss(output: Tensor) -> tuple[Tensor, Tensor, None]:
-            hidden = output[0].index_select(0, microbatch.positions)  # [S, H]
+            hidden = output[0].index_select(0, microbatch.positions)  # [S/cp, H]
             # A microbatch without trained positions still sends a zero gradient up the pipeline.
             total = on_hidden(index, hidden) if index < num_real and len(hidden) else hidden.sum()
             return total, torch.zeros((), dtype=torch.int), None

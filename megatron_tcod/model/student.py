@@ -25,8 +25,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_tcod.model import build, cpu, parallel
-from megatron_tcod.model.build import ModelShape
+from megatron_tcod.model import build, context, cpu, parallel
+from megatron_tcod.model.adam_shards import MOMENTS, adam_shards, gather
+from megatron_tcod.model.build import ModelShape, Recompute
 from megatron_tcod.model.parallel import ParallelLayout
 from megatron_tcod.model.schedule import run_schedule
 from megatron_tcod.objective import Objective
@@ -55,6 +56,8 @@ class OptimizerSettings:
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
+    use_distributed_optimizer: bool = False
+    """Each data-parallel rank holds and steps its part of Adam's state (and of the fp32 master weights)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_lr <= self.lr:
@@ -101,12 +104,20 @@ class Student:
         *,
         seed: int | None,
         dtype: torch.dtype = torch.float32,
+        recompute: Recompute | None = None,
         transformer_impl: str = "auto",
     ):
         """Collective. With `seed` None the weights are unset: load them, then call `weights_loaded`."""
         self.shape, self.layout, self.settings = shape, layout, settings
         self.chunks = build.build_model(
-            shape, layout, dtype=dtype, seed=seed, wrap_ddp=True, transformer_impl=transformer_impl
+            shape,
+            layout,
+            dtype=dtype,
+            seed=seed,
+            wrap_ddp=True,
+            recompute=recompute,
+            use_distributed_optimizer=settings.use_distributed_optimizer,
+            transformer_impl=transformer_impl,
         )
         build.unwrap(self.chunks[0]).config.finalize_model_grads_func = _reduce_gradients
         self.optimizer = _adam(self.chunks, settings, dtype)
@@ -135,7 +146,8 @@ class Student:
     ) -> StepStats:
         """One optimizer step on the microbatches of all replicas. Collective over the world.
 
-        `targets[i]` belongs to `microbatches[i]` and is read on the last stage only.
+        `targets[i]` belongs to `microbatches[i]` and is read on the last stage only; its rows are the trained positions
+        in `context.own_span`, all of them where there is no context parallelism.
         """
         per_token = self.compute_gradients(microbatches, targets, objective)
         loss = _global_loss(microbatches, per_token)
@@ -164,16 +176,15 @@ class Student:
         return self._run(microbatches, targets, objective, forward_only=True)
 
     def adam_states(self) -> Iterator[tuple[str, torch.nn.Parameter, dict[str, Tensor]]]:
-        """Name in the whole model, parameter, and its Adam state (`exp_avg`, `exp_avg_sq`, `step`), made of zeros where
-        the optimizer has not stepped yet. Writing into the tensors writes the optimizer's state."""
-        adam = self.optimizer.optimizer
-        for name, parameter in build.named_parameters(self.chunks):
-            master = getattr(parameter, "main_param", parameter)
-            state = adam.state[master]
-            if "exp_avg" not in state:
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
-            yield name, parameter, state
+        """Name in the whole model, parameter, and its Adam state (`exp_avg`, `exp_avg_sq` of the parameter's shape, `step`),
+        zeros where the optimizer has not stepped yet.
+
+        Without the distributed optimizer, writing into the tensors writes the optimizer's state. With it they are gathered,
+        so every rank must take every item, and `adam_shards` has what can be written.
+        """
+        for shard in adam_shards(self.chunks, self.optimizer):
+            whole = {kind: gather(shard, shard.state[kind]) for kind in MOMENTS}
+            yield shard.name, shard.parameter, {"step": shard.state["step"], **whole}
 
     def _run(
         self,
@@ -187,6 +198,7 @@ class Student:
             raise ValueError(f"{len(targets)} targets for {len(microbatches)} microbatches; pass one each, or None")
         per_token: list[dict[str, Tensor]] = [{} for _ in microbatches]
         head = build.output_head(self.chunks) if parallel.is_last_stage() else None
+        own = [context.own_part(microbatch, self.layout) for microbatch in microbatches]
 
         def on_hidden(index: int, hidden: Tensor) -> Tensor:
             assert head is not None
@@ -194,7 +206,7 @@ class Student:
                 hidden,
                 head if forward_only else _HeadWithMainGrad.apply(head),
                 targets[index],
-                microbatches[index],
+                own[index],
                 tp_group=parallel.tp_group(),
                 head_grad=None if forward_only else head.main_grad,
             )
@@ -202,7 +214,8 @@ class Student:
             return losses.total
 
         run_schedule(self.chunks, self.layout, microbatches, on_hidden, forward_only=forward_only)
-        return _share_per_token(microbatches, per_token)
+        spans = [context.own_span(microbatch, self.layout) for microbatch in microbatches]
+        return _share_per_token([len(microbatch.positions) for microbatch in microbatches], spans, per_token)
 
     @torch.no_grad()
     def _prepare_gradients(self, loss: float) -> tuple[float, bool]:
@@ -261,6 +274,7 @@ def _adam(chunks: list[torch.nn.Module], settings: OptimizerSettings, dtype: tor
         adam_eps=settings.adam_eps,
         clip_grad=0.0,  # Student clips
         bf16=dtype is torch.bfloat16,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
         params_dtype=dtype,
     )
     with cpu.tensor_type_names_cuda():
@@ -279,18 +293,26 @@ def _global_loss(microbatches: list[Microbatch], per_token: list[dict[str, Tenso
     return float(total)
 
 
-def _share_per_token(microbatches: list[Microbatch], per_token: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Give every stage what the last stage computed, as one fp32 tensor [keys, sum of S]."""
-    keys = sorted({key for figures in per_token for key in figures})
+def _share_per_token(
+    sizes: list[int], spans: list[slice], per_token: list[dict[str, Tensor]]
+) -> list[dict[str, Tensor]]:
+    """Give every rank of the replica what its last stage computed, as one fp32 tensor [keys, sum of S].
+
+    `sizes` are the S of each microbatch, `spans` the part of them that this rank's figures are about.
+    """
+    names = {key for figures in per_token for key in figures}
+    for data in parallel.all_gather_bytes(json.dumps(sorted(names)).encode(), group=parallel.cp_group()):
+        names.update(json.loads(data))
     source, group = parallel.last_stage_rank(), parallel.pp_group()
-    keys = json.loads(parallel.broadcast_bytes(json.dumps(keys).encode(), source=source, group=group))
-    sizes = [len(microbatch.positions) for microbatch in microbatches]
+    keys = json.loads(parallel.broadcast_bytes(json.dumps(sorted(names)).encode(), source=source, group=group))
     table = torch.zeros(len(keys), sum(sizes), device=parallel.device())  # [keys, sum of S]
     if parallel.is_last_stage():
         for row, key in zip(table, keys, strict=True):
-            for part, figures in zip(row.split(sizes), per_token, strict=True):
-                if len(part):
-                    part.copy_(figures[key])
+            for part, span, figures in zip(row.split(sizes), spans, per_token, strict=True):
+                if key in figures:
+                    part[span] = figures[key].float()
+        if parallel.cp_size() > 1:  # the spans of different ranks do not overlap
+            dist.all_reduce(table, group=parallel.cp_group())
     if parallel.pp_size() > 1 and table.numel():
         dist.broadcast(table, source, group=group)
     parts = table.split(sizes, 1)  # [keys, S] each

@@ -99,7 +99,7 @@ def test_gradients_of_rotation_norm_and_swiglu_are_those_of_finite_differences()
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_and_swiglu_err_no_more_than_torch_does(dtype):
-    config = types.SimpleNamespace(params_dtype=dtype)
+    config = types.SimpleNamespace(params_dtype=dtype, sequence_parallel=False)
     x = (3 * torch.randn(64, 1, 48)).to(dtype)
     norm = layers.RMSNorm(config, 48, eps=1e-6)
     norm.weight.data.uniform_(0.5, 1.5)
@@ -116,7 +116,7 @@ def _no_worse(ours, stock, truth):
 
 
 def test_norm_of_huge_and_zero_rows_is_finite():
-    norm = layers.RMSNorm(types.SimpleNamespace(params_dtype=torch.float32), 8, eps=1e-6)
+    norm = layers.RMSNorm(types.SimpleNamespace(params_dtype=torch.float32, sequence_parallel=False), 8, eps=1e-6)
     x = torch.tensor([[1e15] * 8, [0.0] * 8], requires_grad=True)
     out = norm(x)
     out.sum().backward()

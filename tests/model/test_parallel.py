@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from gloo_world import run_ranks
 
@@ -9,8 +11,8 @@ from megatron_tcod.model.parallel import ParallelLayout, check_world_size
     ("sizes", "message"),
     [
         ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size must be at least 1, got 0"),
-        ({"context_parallel_size": 2}, "context_parallel_size 2 is not supported yet"),
-        ({"sequence_parallel": True}, "sequence_parallel is not supported yet"),
+        ({"context_parallel_size": 0}, "context_parallel_size must be at least 1, got 0"),
+        ({"sequence_parallel": True}, "tensor_model_parallel_size is 1; raise"),
         ({"virtual_pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size >= 2, got 1"),
         ({"virtual_pipeline_model_parallel_size": 1, "pipeline_model_parallel_size": 2}, "at least 2 chunks"),
     ],
@@ -64,6 +66,13 @@ def _check_mesh() -> None:
     mine = b"from the last stage" if parallel.is_last_stage() else None
     assert parallel.broadcast_bytes(mine, source=source, group=group) == b"from the last stage"
     assert parallel.broadcast_bytes(b"", source=source, group=group) == b""
+
+    threads = []
+    for _ in range(3):
+        parallel.initialize(layout)
+        parallel.build_mesh(ParallelLayout(pipeline_model_parallel_size=2))
+        threads.append(len(os.listdir("/proc/self/task")))
+    assert threads[0] == threads[2], f"groups of earlier layouts keep their threads: {threads}"
     parallel.shutdown()
 
 

@@ -4,7 +4,7 @@ from tiny_models import VOCAB, hugging_face_twin, pack_rows, random_rows, tiny_s
 
 from megatron_tcod.model import build, parallel
 from megatron_tcod.model.parallel import ParallelLayout
-from megatron_tcod.model.teacher import Teacher
+from megatron_tcod.model.teacher import Teacher, deal
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,3 +45,35 @@ def test_rows_without_trained_positions_and_empty_lists_are_scored_as_nothing():
     assert teacher.score([]) == []
     silent = teacher.score([pack_rows([([1, 2, 3], [], [])])])[0]
     assert silent.hidden.shape == (0, 48) and silent.head.shape == (512, 48)
+
+
+def test_offloaded_weights_leave_the_device_and_change_no_target():
+    shape = tiny_shape(tie_word_embeddings=True)
+    stays, leaves = (Teacher(shape, ParallelLayout(), seed=5) for _ in range(2))
+    leaves.offload()
+    microbatches = [pack_rows(random_rows([12, 3], seed=1)), pack_rows(random_rows([7], seed=2))]
+    for _ in range(2):
+        assert not any(parameter.numel() for _, parameter in build.named_parameters(leaves.chunks))
+        for mine, theirs in zip(leaves.score(microbatches), stays.score(microbatches), strict=True):
+            assert torch.equal(mine.hidden, theirs.hidden) and torch.equal(mine.head, theirs.head)
+
+
+def test_offloaded_weights_leave_even_when_scoring_fails():
+    teacher = Teacher(tiny_shape(), ParallelLayout(), seed=5)
+    teacher.offload()
+    beyond = pack_rows([([VOCAB + 10_000, 1, 2], [0], [1.0])])
+    with pytest.raises((IndexError, RuntimeError)):
+        teacher.score([beyond])
+    assert not any(parameter.numel() for _, parameter in build.named_parameters(teacher.chunks))
+    good = [pack_rows(random_rows([12, 3], seed=1))]
+    assert torch.equal(teacher.score(good)[0].hidden, Teacher(tiny_shape(), ParallelLayout(), seed=5).score(good)[0].hidden)
+
+
+def test_microbatches_are_dealt_by_tokens_each_to_one_replica():
+    assert deal([5, 100, 40, 60, 3], 2) == [0, 0, 1, 1, 1]
+    assert deal([], 3) == [] and deal([7], 3) == [0]
+
+
+def test_teacher_of_its_own_layout_refuses_context_parallelism_by_name():
+    with pytest.raises(ValueError, match="context_parallel_size 2, expected 1"):
+        Teacher(tiny_shape(), ParallelLayout(), seed=5, mesh=parallel.Mesh(ParallelLayout(context_parallel_size=2), {}))

@@ -1,0 +1,73 @@
+"""Parallel settings that cannot work get one message with the field, what was found and the fix."""
+
+import json
+
+import pytest
+import safetensors.torch
+
+from megatron_tcod.train import main
+
+
+def refused(argv):
+    with pytest.raises(ValueError) as caught:
+        main(argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "message"),
+    [
+        (["--sequence-parallel"], None, "sequence_parallel cuts tokens over the tensor-parallel ranks"),
+        (["--context-parallel-size", "3"], None, "context_parallel_size = 3 does not share out the student's 2 query and"),
+        (["--recompute-granularity", "full"], None, "recompute_granularity full needs recompute_method"),
+        (
+            ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "3"],
+            None,
+            "recompute_num_layers 3 with recompute_method uniform does not divide the 2 layers of a model chunk",
+        ),
+        (["--recompute-method", "block"], None, "set recompute_granularity full"),
+        (["--recompute-granularity", "half"], None, "invalid choice 'half' for argument '--recompute-granularity'"),
+        (["--teacher-tensor-model-parallel-size", "8"], None, "teacher num_attention_heads = 4 is not divisible"),
+        (["--teacher-pipeline-model-parallel-size", "2"], None, "teacher num_layers = 3 is not divisible by the 2"),
+        (
+            ["--tensor-model-parallel-size", "2", "--teacher-pipeline-model-parallel-size", "3"],
+            2,
+            "teacher_tensor_model_parallel_size 2 x teacher_pipeline_model_parallel_size 3 does not divide the world of 2",
+        ),
+        (["--context-parallel-size", "2"], 3, r"world size 3 != tp 1 * pp 1 * cp 2 * dp"),
+    ],
+)
+def test_parallel_settings_that_cannot_work(run_flags, monkeypatch, flags, world, message):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world:
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+    assert message in refused([*run_flags, *flags, "--dry-run"])
+
+
+@pytest.mark.parametrize("flag", [["--teacher-offload"], ["--teacher-tensor-model-parallel-size", "2"]])
+def test_settings_of_a_local_teacher_with_one_behind_a_server(run_flags, flag):
+    flags = ["--teacher", "sglang", "--teacher-url", "http://127.0.0.1:9", *flag]
+    message = refused([*run_flags, *flags, "--dry-run"])
+    assert flag[0].removeprefix("--").replace("-", "_") in message and "teacher = sglang" in message
+
+
+def test_layouts_of_student_and_teacher_are_described(run_flags, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    flags = ["--context-parallel-size", "2", "--teacher-pipeline-model-parallel-size", "3", "--bf16", "--teacher-offload"]
+    assert main([*run_flags, *flags, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "layout: tp 1, pp 1, cp 2, dp 3" in out and "teacher's layout: tp 1, pp 3" in out
+    assert "teacher's weights: in host memory but while it scores" in out
+
+
+def test_bf16_run_with_an_offloaded_teacher_and_recomputed_layers_trains_and_saves_bf16(
+    single_process, run_flags, tmp_path
+):
+    flags = ["--bf16", "--teacher-offload", "--recompute-granularity", "full", "--recompute-method", "uniform"]
+    assert main([*run_flags, *flags, "--recompute-num-layers", "1", "--no-eval-at-end"]) == 0
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 2
+    saved = [safetensors.torch.load_file(path) for path in (tmp_path / "run" / "checkpoints").rglob("model.safetensors")]
+    assert saved and {str(tensor.dtype) for tensors in saved for tensor in tensors.values()} == {"torch.bfloat16"}
