@@ -441,6 +441,7 @@ def build_run(config: Config, layout: ParallelLayout, servers: list[Any], closin
         seed=training.seed,
         dtype=dtype_of(config),
         recompute=recompute_of(config.parallel),
+        transformer_impl=config.model.transformer_impl,
     )
     vocab_size = min(tokenizer.vocab_size, student.shape.vocab_size)  # a model may have more rows than tokens
     teacher = teacher_of(config, layout, student, tokenizer, vocab_size, closing)
@@ -533,6 +534,7 @@ def teacher_of(
             dtype=dtype_of(config),
             own_layout=teacher_layout_of(config.parallel),
             offload=config.parallel.teacher_offload,
+            transformer_impl=config.model.transformer_impl,
         )
     url, key, server = serving.teacher_address(config)
     if server is not None:

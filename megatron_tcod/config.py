@@ -46,6 +46,8 @@ class ModelConfig:
     """Hugging Face directory of the student: config.json, tokenizer.json and, unless `init` is random, safetensors."""
     teacher: Annotated[str, also("--opd-teacher-load")] = ""
     """Hugging Face directory of the frozen teacher, or `sglang`: a server scores, see [sglang]. Not read by sft."""
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
+    """Layers: Transformer Engine's modules or megatron-core's own. `auto` takes the first where it imports and a GPU is."""
     init: Literal["load", "random"] = "load"
     """`random` initialises the student from its config.json alone."""
     chat_template: str = "chatml"
@@ -82,6 +84,8 @@ class ParallelConfig:
     """Keep the teacher's weights in host memory but while it scores."""
     distributed_timeout_minutes: int = Field(default=30, ge=1)
     """Minutes that a rank waits for the others in a collective, rollouts of ranks that play included."""
+    heartbeat_timeout_seconds: float = Field(default=120.0, ge=0)
+    """Silence after which a rank counts as dead or stopped and the job ends with its name; 0 turns the watchdog off."""
 
 
 @validated(frozen=True, kw_only=True, config=STRICT)

@@ -1,5 +1,8 @@
 """What this machine offers: `python -m megatron_tcod.doctor`.
 
+    python -m megatron_tcod.doctor launch --gpus-per-node 8 -- --config run.toml     # can this node start the run?
+    python -m megatron_tcod.doctor plan run.toml --gpus 64 --device h200             # memory, time and layout of a run
+
 One line per fact: interpreter, packages with their versions, accelerators, and what their absence costs. It imports
 nothing that may be missing before it has said so, changes nothing, needs no network, and exits with 1 when something
 that every run needs is missing.
@@ -7,15 +10,17 @@ that every run needs is missing.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
 import sys
 
 REQUIRED = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "msgspec", "pydantic", "tyro", "rich")
+COMMANDS = {"launch": "megatron_tcod.launch_checks", "plan": "megatron_tcod.plan"}
+"""Each has a `main(argv)` and is imported only when it is asked for."""
 TESTED_MEGATRON = "0.16.1"
 OPTIONAL = {
-    "transformer_engine": "layers run on the local specification",
     "alfworld": "the alfworld environment cannot be used; pip install '.[alfworld]'",
     "tensorboard": "metrics go to JSONL alone; pip install '.[tensorboard]'",
 }
@@ -44,17 +49,15 @@ def package_lines() -> tuple[list[str], int]:
             lines.append(f"{module:<20} {version_of(module) or 'found'}")
         else:
             lines.append(f"{module:<20} {'-':<14} {cost}")
-    lines.append(apex_line())
     return lines, faults
 
 
-def apex_line() -> str:
-    """NVIDIA's Apex is told from the unrelated package of that name on the index by the kernels it brings."""
-    if importlib.util.find_spec("apex") is None:
-        return f"{'apex':<20} {'-':<14} torch's AdamW is used; gradients are accumulated without fusion"
-    if importlib.util.find_spec("amp_C") is None:
-        return f"{'apex':<20} {'found':<14} not NVIDIA's Apex (no amp_C); build it from NVIDIA's repository"
-    return f"{'apex':<20} found"
+def accelerator_lines() -> list[str]:
+    """Transformer Engine and Apex; needs torch alone."""
+    from megatron_tcod.model import accelerators
+
+    rows = accelerators.describe(accelerators.find())
+    return [f"{name:<20} {told}{'; ' + effect if effect else ''}" for name, told, effect in rows]
 
 
 def device_lines() -> list[str]:
@@ -94,14 +97,18 @@ def main(argv: list[str]) -> int:
     if argv in (["--help"], ["-h"]):
         print(__doc__)
         return 0
+    if argv and argv[0] in COMMANDS:
+        from megatron_tcod.config import run_entry_point
+
+        run_entry_point(lambda _: importlib.import_module(COMMANDS[argv[0]]).main(argv[1:]))
     if argv:
-        print(f"error: doctor takes no arguments, got {' '.join(argv)}", file=sys.stderr)
+        print(f"error: doctor takes {' or '.join(COMMANDS)} or nothing, got {' '.join(argv)}", file=sys.stderr)
         return 2
     lines, faults = package_lines()
     print(f"{'python':<20} {sys.version.split()[0]}")
     print("\n".join(lines))
     if version_of("torch"):
-        print("\n".join(device_lines() + native_lines()))
+        print("\n".join(device_lines() + accelerator_lines() + native_lines()))
     if not faults:
         from megatron_tcod.envs import ENVS
 

@@ -28,6 +28,7 @@ from megatron_tcod.assembly import (
 )
 from megatron_tcod.config import SGLANG, Config
 from megatron_tcod.envs import check_env_options, load_env
+from megatron_tcod.model import accelerators
 from megatron_tcod.model.build import check_recompute
 from megatron_tcod.model.experts import check_experts, check_trainable
 from megatron_tcod.model.families.family import Family
@@ -50,6 +51,7 @@ def preflight(config: Config, *, world_size: int | None) -> list[str]:
     family, shape = read_model("student", config.model.student)
     if config.model.init == "load":
         check_weights(config.model.student, family, shape)
+    accelerators.choose(config.model.transformer_impl, accelerators.find())
     lines = [f"student {family.model_type}: {describe(shape)}"]
     check_layout("student", shape, layout)
     check_recompute(shape, layout, recompute)

@@ -43,6 +43,7 @@ from megatron_tcod.run_lock import RunLock
 from megatron_tcod.stop_signals import EXIT_CODES, StopSignals
 from megatron_tcod.tcod import sft_step, tcod_step
 from megatron_tcod.trajectory import Episode, Microbatch
+from megatron_tcod.watchdog import NoWatchdog, Watchdog, watch_ranks
 
 STOPPED_FILE = "stopped.json"
 
@@ -50,15 +51,20 @@ logger = logging.getLogger("megatron_tcod.train")  # also where this module is _
 
 
 class PhaseClock:
-    """Wall-clock seconds by phase since the last `take`. Example: `collect = clock.timed("rollout", collect)`."""
+    """Wall-clock seconds by phase since the last `take`. Example: `collect = clock.timed("rollout", collect)`.
 
-    def __init__(self) -> None:
+    `on_enter` is told each phase as it begins.
+    """
+
+    def __init__(self, on_enter: Callable[[str], None]) -> None:
+        self._on_enter = on_enter
         self._seconds: dict[str, float] = {}
         self._since = time.perf_counter()
 
     def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
+            self._on_enter(phase)
             try:
                 return function(*args, **kwargs)
             finally:
@@ -154,12 +160,18 @@ class RunRecords:
 
 def train(config: Config) -> int:
     """The run from its newest checkpoint to `train_iters`, or to a signal; the exit code. Collective over all ranks."""
-    with closing(assemble(config)) as run:
-        return train_assembled(config, run)
+    limits = config.parallel
+    with (
+        closing(assemble(config)) as run,
+        watch_ranks(
+            heartbeat_seconds=limits.heartbeat_timeout_seconds, stall_seconds=60 * limits.distributed_timeout_minutes
+        ) as watchdog,
+    ):
+        return train_assembled(config, run, watchdog)
 
 
-def train_assembled(config: Config, run: Assembly) -> int:
-    clock = PhaseClock()
+def train_assembled(config: Config, run: Assembly, watchdog: Watchdog | NoWatchdog) -> int:
+    clock = PhaseClock(watchdog.enter)
     time_phases(run, clock)
     directory = Path(config.training.save)
     loaded = run.student.resume(directory / "checkpoints", allow_pickle=config.training.allow_pickle)
@@ -182,12 +194,14 @@ def train_assembled(config: Config, run: Assembly) -> int:
             evaluate_if_due(run, start)  # a run that was stopped behind this step left it out
         clock.take()
         for step in range(start, config.training.train_iters):
+            watchdog.enter("preparation", step=step)
             episodes, microbatches, stats = step_of(run, step)
             if not stats.is_finite:
                 raise FloatingPointError(
                     f"step {step + 1}: loss {stats.loss}, gradient norm {stats.grad_norm}; no weight was changed. "
                     f"Restart to continue from the last checkpoint, with a lower lr if it comes back"
                 )
+            watchdog.enter("records, evaluation and checkpoint")
             run.warm_teacher(step + 1)
             records.write_step(
                 step, episodes, microbatches, stats, seconds=clock.take(), counts=run.take_prefix_counts()

@@ -40,8 +40,8 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 from megatron_tcod.config import TrainingConfig  # noqa: E402
 from megatron_tcod.journal import read_journal  # noqa: E402
 from megatron_tcod.model import build, parallel  # noqa: E402
-from megatron_tcod.model.build import ModelShape  # noqa: E402
 from megatron_tcod.model.parallel import ParallelLayout  # noqa: E402
+from megatron_tcod.model.shape import ModelShape  # noqa: E402
 from megatron_tcod.model.student import OptimizerSettings, Student  # noqa: E402
 from megatron_tcod.objective import make_objective  # noqa: E402
 from megatron_tcod.packing import pack  # noqa: E402

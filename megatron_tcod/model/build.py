@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_tcod.model import cpu, parallel
+from megatron_tcod.model import accelerators, cpu, parallel
 from megatron_tcod.model.experts import check_experts, check_trainable, expert_mlp, expert_options
 from megatron_tcod.model.families import kind_of
 from megatron_tcod.model.families.rules import LAYOUTS
@@ -105,11 +105,19 @@ def check_recompute(shape: ModelShape, layout: ParallelLayout, recompute: Recomp
 
 
 def transformer_config(
-    shape: ModelShape, layout: ParallelLayout, *, dtype: torch.dtype, recompute: Recompute | None = None
+    shape: ModelShape,
+    layout: ParallelLayout,
+    *,
+    dtype: torch.dtype,
+    recompute: Recompute | None = None,
+    transformer_impl: str = "auto",
 ) -> TransformerConfig:
     """Megatron's configuration of `shape`, with the settings that packed rows, CPU hosts and our loss rely on."""
     recompute = recompute or Recompute()
     interleaved = layout.virtual_pipeline_model_parallel_size is not None
+    found = accelerators.find()
+    impl = accelerators.choose(transformer_impl, found)
+    accelerators.log_choice(impl, found)
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -149,7 +157,7 @@ def transformer_config(
         calculate_per_token_loss=True,  # loss_weight already normalises: no division by data-parallel size
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # initialize_weights draws per name instead
-        gradient_accumulation_fusion=False,
+        **accelerators.config_settings(impl, found),
         cuda_graph_scope=[],  # the default is a deprecated word for this
     )
 
@@ -166,6 +174,7 @@ def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerB
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     expert_mlp(parts.mlp).submodules.activation_func = SwiGLU
+    accelerators.fit_layer(layer, config.transformer_impl)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
@@ -179,6 +188,7 @@ def build_model(
     wrap_ddp: bool,
     recompute: Recompute | None = None,
     use_distributed_optimizer: bool = False,
+    transformer_impl: str = "auto",
 ) -> list[torch.nn.Module]:
     """This rank's model chunks: one, or `virtual_pipeline_model_parallel_size` of them. Collective.
 
@@ -191,7 +201,7 @@ def build_model(
     check_recompute(shape, layout, recompute or Recompute())
     if wrap_ddp:
         check_trainable(shape, layout)
-    config = transformer_config(shape, layout, dtype=dtype, recompute=recompute)
+    config = transformer_config(shape, layout, dtype=dtype, recompute=recompute, transformer_impl=transformer_impl)
     num_chunks = layout.virtual_pipeline_model_parallel_size or 1
     stages = [None] if num_chunks == 1 else list(range(num_chunks))
     chunks: list[torch.nn.Module] = [_build_chunk(shape, config, vp_stage) for vp_stage in stages]

@@ -27,6 +27,9 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_tcod.model import cpu
 
+MEGATRON_WAITS = os.path.join(os.path.dirname(tensor_parallel.__file__), "")
+"""Code of megatron-core that waits for other ranks without a call of torch.distributed on the stack."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:

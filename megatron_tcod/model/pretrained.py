@@ -43,6 +43,7 @@ class PretrainedStudent(Student):
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         recompute: Recompute | None = None,
+        transformer_impl: str = "auto",
     ):
         """Collective. `init` random reads config.json alone and draws the weights from `seed`, equally in every layout.
 
@@ -52,7 +53,9 @@ class PretrainedStudent(Student):
         self._saver = checkpoint.BackgroundSaver()
         self.family, shape = read_hf_config(directory)
         drawn = seed if init == "random" else None
-        super().__init__(shape, layout, settings, seed=drawn, dtype=dtype, recompute=recompute)
+        super().__init__(
+            shape, layout, settings, seed=drawn, dtype=dtype, recompute=recompute, transformer_impl=transformer_impl
+        )
         if init == "load":
             verify_if_listed(directory)
             load_hf(self.chunks, directory, self.family, shape)
@@ -123,6 +126,7 @@ def load_teacher(
     dtype: torch.dtype = torch.float32,
     own_layout: ParallelLayout | None = None,
     offload: bool = False,
+    transformer_impl: str = "auto",
 ) -> Teacher:
     """The frozen teacher of a Hugging Face directory, its vocabulary cut like the student's. Collective.
 
@@ -132,7 +136,7 @@ def load_teacher(
     family, shape = read_hf_config(directory)
     verify_if_listed(directory)
     mesh = build_mesh(own_layout) if own_layout else None
-    teacher = Teacher(shape, layout, seed=None, dtype=dtype, mesh=mesh)
+    teacher = Teacher(shape, layout, seed=None, dtype=dtype, mesh=mesh, transformer_impl=transformer_impl)
     with teacher.active():
         load_hf(teacher.chunks, directory, family, shape)
     teacher.align_vocabulary(student)

@@ -106,6 +106,7 @@ class Student:
         seed: int | None,
         dtype: torch.dtype = torch.float32,
         recompute: Recompute | None = None,
+        transformer_impl: str = "auto",
     ):
         """Collective. With `seed` None the weights are unset: load them, then call `weights_loaded`."""
         self.shape, self.layout, self.settings = shape, layout, settings
@@ -117,6 +118,7 @@ class Student:
             wrap_ddp=True,
             recompute=recompute,
             use_distributed_optimizer=settings.use_distributed_optimizer,
+            transformer_impl=transformer_impl,
         )
         build.unwrap(self.chunks[0]).config.finalize_model_grads_func = _reduce_gradients
         self.optimizer = _adam(self.chunks, settings, dtype)

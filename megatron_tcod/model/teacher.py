@@ -40,6 +40,7 @@ class Teacher:
         seed: int | None,
         dtype: torch.dtype = torch.float32,
         mesh: Mesh | None = None,
+        transformer_impl: str = "auto",
     ):
         """Collective. `layout` is the student's; with a `mesh` the teacher is cut by the mesh's own layout instead. With
         `seed` None the weights are unset until they are loaded.
@@ -55,7 +56,9 @@ class Teacher:
                 "more tensor parallel ranks, or the student's layout"
             )
         with self.active():
-            self.chunks = build.build_model(shape, self.layout, dtype=dtype, seed=seed, wrap_ddp=False)
+            self.chunks = build.build_model(
+                shape, self.layout, dtype=dtype, seed=seed, wrap_ddp=False, transformer_impl=transformer_impl
+            )
             self._places = gather_places()
         self._student_places = gather_places()
         for chunk in self.chunks:

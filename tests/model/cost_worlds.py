@@ -1,0 +1,88 @@
+"""What one rank of a small real model holds and sends, for `test_cost_model.py`; run in worlds of gloo ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny_models import pack_rows, random_rows, tiny_shape
+
+from megatron_tcod.model import build, parallel
+from megatron_tcod.model.parallel import ParallelLayout
+from megatron_tcod.model.schedule import run_schedule
+from megatron_tcod.model.shape import ExpertShape
+from megatron_tcod.model.student import OptimizerSettings, Student
+
+SHAPES = {
+    "plain": tiny_shape(),
+    "tied, head norms": tiny_shape(tie_word_embeddings=True, qk_layernorm=True),
+    "bias": tiny_shape(add_qkv_bias=True),
+    "experts": tiny_shape(experts=ExpertShape(num_experts=6, num_experts_per_token=2, ffn_hidden_size=32)),
+}
+TOKENS = 96
+
+
+def one_row(length: int = TOKENS):
+    """A microbatch of one row: no padding in the attention."""
+    return pack_rows(random_rows([length]))
+
+
+def backward(student: Student) -> None:
+    """A forward and a backward pass with a loss that needs no teacher."""
+    run_schedule(
+        student.chunks, student.layout, [one_row()], lambda index, hidden: hidden.square().sum(), forward_only=False
+    )
+
+
+def held_bytes(student: Student) -> dict[str, int]:
+    """Weights, main gradients and the optimizer's own numbers of this rank."""
+    parameters = [parameter for _, parameter in build.named_parameters(student.chunks)]
+    states = [state for *_, state in student.adam_states()]
+    copies = [
+        parameter.main_param.numel() * 4 for parameter in parameters if getattr(parameter, "main_param", None) is not None
+    ]
+    return {
+        "weights": sum(one.numel() * one.element_size() for one in parameters),
+        "gradients": sum(one.main_grad.numel() * one.main_grad.element_size() for one in parameters),
+        "optimizer": sum(copies)
+        + sum(state[key].numel() * state[key].element_size() for state in states for key in ("exp_avg", "exp_avg_sq")),
+    }
+
+
+def report_ranks(directory: str) -> None:
+    """Of each layout of two ranks and each shape: held bytes, and those that all-reduces over tp carry in one pass."""
+    found: dict[str, Any] = {}
+    for tp, pp in ((2, 1), (1, 2)):
+        for name, shape in SHAPES.items():
+            layout = ParallelLayout(
+                tensor_model_parallel_size=tp,
+                pipeline_model_parallel_size=pp,
+                sequence_parallel=tp > 1 and shape.experts is not None,  # Megatron refuses experts without
+            )
+            parallel.initialize(layout, seed=0)
+            student = Student(shape, layout, OptimizerSettings(lr=1e-3), seed=0)
+            held = {"held": held_bytes(student), "reduced": reduced_bytes(student), "stage": parallel.pp_rank()}
+            found[f"{name} {tp} {pp}"] = held
+    (Path(directory) / f"{parallel.rank()}.json").write_text(json.dumps(found))
+    parallel.shutdown()
+
+
+def reduced_bytes(student: Student) -> int:
+    """Bytes given to all-reduces over the tensor-parallel group in one forward and backward pass."""
+    total, real = 0, dist.all_reduce
+
+    def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal total
+        if kwargs.get("group") is parallel.tp_group() and tensor.dtype.is_floating_point and tensor.numel() >= TOKENS:
+            total += tensor.numel() * tensor.element_size()
+        return real(tensor, *args, **kwargs)
+
+    dist.all_reduce = torch.distributed.all_reduce = counting
+    try:
+        backward(student)
+    finally:
+        dist.all_reduce = torch.distributed.all_reduce = real
+    return total
