@@ -98,7 +98,12 @@ class FromDisk:
         pass
 
     async def _update(self, link: Link, version: int) -> None:
-        body = {"model_path": str(self._current), "weight_version": str(version), "flush_cache": False}
+        body = {
+            "model_path": str(self._current),
+            "load_format": "safetensors",  # a server started with dummy weights would stay with those otherwise
+            "weight_version": str(version),
+            "flush_cache": False,
+        }
         await link.client.update("/update_weights_from_disk", body)
 
     def _write(self, weights: NamedTensors, version: int, expected: Expected) -> Path:
