@@ -41,10 +41,27 @@ class Layout:
     chunks: int = 1
     """Model chunks per pipeline rank."""
     sequence_parallel: bool = False
+    teacher_tp: int | None = None
+    """The teacher's own, over the same ranks; by default the student's."""
+    teacher_pp: int | None = None
 
     @property
     def world(self) -> int:
         return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def of_teacher(self) -> Layout:
+        """The teacher's; the student's where it has none of its own."""
+        tp, pp = self.teacher_tp or self.tp, self.teacher_pp or self.pp
+        if (tp, pp) == (self.tp, self.pp):
+            return self
+        return Layout(tp=tp, pp=pp, dp=self.world // (tp * pp), sequence_parallel=self.sequence_parallel and tp > 1)
+
+    @property
+    def told(self) -> str:
+        own = self.of_teacher
+        teacher = "" if own is self else f", teacher tp {own.tp}, pp {own.pp}"
+        return f"tp {self.tp}, pp {self.pp}, cp {self.cp}, dp {self.dp}{teacher}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,10 +322,14 @@ def _stage_memory(
     trained = tokens * workload.trained / workload.tokens
     teachers = 0.0
     if teacher is not None:
-        teachers = numerics.weight_bytes * stage_parameters(teacher, layout.tp, layout.pp, stage)
+        own = layout.of_teacher
+        cuts = [stage] if own is layout else [0, own.pp - 1]  # in another layout a rank may hold any stage
+        teachers = numerics.weight_bytes * max(stage_parameters(teacher, own.tp, own.pp, cut) for cut in cuts)
         targets = workload.trained / layout.dp * teacher.hidden_size * numerics.weight_bytes if is_last else 0.0
         head = numerics.weight_bytes * padded_vocab_size(teacher.vocab_size, layout.tp) // layout.tp * teacher.hidden_size
-        teachers = (head if is_last else 0.0) + targets if numerics.is_teacher_offloaded else teachers + targets
+        is_copied = numerics.is_teacher_offloaded or own is not layout  # the head, cut as the student's
+        resident = 0.0 if numerics.is_teacher_offloaded else teachers
+        teachers = resident + targets + (head if is_last and is_copied else 0.0)
     is_server = not serving.is_on_host or kind == "cpu"
     kv = kv_token_bytes(student, serving.kv_bytes) * serving.kv_tokens
     return MemoryUse(
@@ -367,8 +388,10 @@ def step_phases(
     of_replica = workload.tokens / layout.dp
     if teacher is not None:
         flops = forward_flops(teacher, workload.tokens, workload.row_tokens)
-        sent = layer_traffic(teacher, layout, numerics, of_replica)
-        seconds = flops * slow / layout.world / device.flops / device.forward_efficiency / (1 - idle)
+        own = layout.of_teacher
+        sent = layer_traffic(teacher, own, numerics, workload.tokens / own.dp)
+        waiting = 1 - (own.pp - 1) / (workload.microbatches(own) * own.chunks + own.pp - 1)
+        seconds = flops * slow / layout.world / device.flops / device.forward_efficiency / waiting
         phases["teacher"] = Phase(flops=flops, sent=sent, seconds=seconds + sent / fast / device.copy_efficiency)
     passes = 4 if numerics.recompute == "full" else 3
     heads = 3 * head_flops(student, workload.trained) + (head_flops(teacher, workload.trained) if teacher else 0)

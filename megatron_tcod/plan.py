@@ -18,7 +18,6 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_tcod.config import SGLANG, Config, load_config
 from megatron_tcod.cost_model import (
@@ -47,8 +46,6 @@ USABLE = 0.9
 """Of a device's memory; the rest is the framework's."""
 MEASURED_STEPS = 20
 """Newest records of metrics.jsonl that the work of a step is taken from."""
-PRECISION = {"bf16": False, "use_distributed_optimizer": False, "sequence_parallel": False, "teacher_offload": False}
-"""Switches that change the plan; read from the settings where they are settings, else from the plan's own flags."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,16 +135,19 @@ def layouts(question: Question, gpus: int) -> Iterator[Layout]:
     for tp in (size for size in (1, 2, 4, 8) if size <= question.device.per_node):
         for pp in range(1, min(question.student.num_layers, 32) + 1):
             dp, rest = divmod(gpus, tp * pp)
-            if rest or dp > question.workload.episodes or not is_possible(question, tp, pp):
-                continue
-            yield Layout(tp=tp, pp=pp, dp=dp, sequence_parallel=question.sequence_parallel and tp > 1)
+            layout = Layout(tp=tp, pp=pp, dp=dp, sequence_parallel=question.sequence_parallel and tp > 1)
+            if not rest and dp <= question.workload.episodes and is_possible(question, layout):
+                yield layout
 
 
-def is_possible(question: Question, tp: int, pp: int) -> bool:
-    plain = ParallelLayout(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+def is_possible(question: Question, layout: Layout) -> bool:
     try:
-        for shape in filter(None, (question.student, question.teacher)):
-            check_layout(shape, plain)
+        for shape, part in ((question.student, layout), (question.teacher, layout.of_teacher)):
+            if shape is not None:
+                check_layout(
+                    shape,
+                    ParallelLayout(tensor_model_parallel_size=part.tp, pipeline_model_parallel_size=part.pp),
+                )
     except ValueError:
         return False
     return True
@@ -214,38 +214,28 @@ def measured_work(config: Config) -> dict[str, float] | None:
     }
 
 
-def setting(config: Config, name: str, default: Any) -> Any:
-    """A setting of whichever part has it."""
-    for part in dataclasses.fields(config):
-        value = getattr(config, part.name)
-        if dataclasses.is_dataclass(value) and hasattr(value, name):
-            return getattr(value, name)
-    return default
-
-
 def question_of(config: Config, options: argparse.Namespace) -> tuple[Question, str]:
     has_teacher = config.objective.objective != "sft" and not is_teacher_served(config)
     student = read_model("student", config.model.student)[1]
     teacher = read_model("teacher", config.model.teacher)[1] if has_teacher else None
     workload, source = workload_of(config, options)
-    switches = {name: getattr(options, name) or setting(config, name, default) for name, default in PRECISION.items()}
     device = DEVICES[options.device]
     if options.memory_gib is not None:
         device = dataclasses.replace(device, memory=options.memory_gib * 2**30)
-    server = config.rollout.server
+    server, parallel = config.rollout.server, config.parallel
     return Question(
         student=student,
         teacher=teacher,
         workload=workload,
         numerics=Numerics(
-            weight_bytes=2 if switches["bf16"] else 4,
-            is_optimizer_sharded=switches["use_distributed_optimizer"],
-            recompute=options.recompute or setting(config, "recompute_granularity", None) or "none",
-            is_teacher_offloaded=switches["teacher_offload"],
+            weight_bytes=2 if config.training.bf16 else 4,
+            is_optimizer_sharded=parallel.use_distributed_optimizer,
+            recompute=parallel.recompute_granularity or "none",
+            is_teacher_offloaded=parallel.teacher_offload,
         ),
         device=device,
         device_name=options.device,
-        sequence_parallel=switches["sequence_parallel"],
+        sequence_parallel=parallel.sequence_parallel,
         is_overlapped=config.rollout.max_staleness > 0,
         ranks_per_server=int(server.get("tp_size", server.get("tp-size", 1))),
         is_embedded=config.rollout.rollout_engine != SGLANG,
@@ -264,12 +254,18 @@ def configured(config: Config, question: Question, gpus: int) -> Answer | str:
     dp, rest = divmod(gpus, tp * pp * cp)
     if rest or not dp:
         return f"tp {tp} x pp {pp} x cp {cp} does not divide {gpus} ranks"
-    if not is_possible(question, tp, pp):
-        return f"tp {tp}, pp {pp} does not divide the models' heads and layers"
     layout = Layout(
-        tp=tp, pp=pp, cp=cp, dp=dp, chunks=parallel.virtual_pipeline_model_parallel_size or 1,
+        tp=tp,
+        pp=pp,
+        cp=cp,
+        dp=dp,
+        chunks=parallel.virtual_pipeline_model_parallel_size or 1,
         sequence_parallel=question.sequence_parallel and tp > 1,
-    )  # fmt: skip
+        teacher_tp=parallel.teacher_tensor_model_parallel_size,
+        teacher_pp=parallel.teacher_pipeline_model_parallel_size,
+    )
+    if not is_possible(question, layout):
+        return f"{layout.told} does not divide the models' heads and layers"
     return answer(question, layout, servers=dp * config.sglang.servers_per_replica)
 
 
@@ -280,9 +276,8 @@ def describe(one: Answer) -> list[str]:
         where = f"{serving.servers} servers of {serving.ranks_per_server}, {serving.max_running} rows at a time each"
     parts = ", ".join(f"{name} {gib(size)}" for name, size in memory_parts(one.memory).items())
     verdict = "fits" if one.fits else "DOES NOT FIT"
-    cut = f"tp {layout.tp}, pp {layout.pp}, cp {layout.cp}, dp {layout.dp}"
     lines = [
-        f"{cut}; rollouts by {where}",
+        f"{layout.told}; rollouts by {where}",
         f"  GiB of a rank: {parts}",
         f"  peak {gib(one.memory.peak)} of {gib(one.capacity)} GiB (training {gib(one.memory.training)}, "
         f"playing {gib(one.memory.playing)}): {verdict}",
@@ -315,7 +310,7 @@ def report(path: str, config: Config, question: Question, source: str, gpus: int
     lines += [] if isinstance(own, str) else describe(own)[1:]
     best = choose(question, gpus)
     if best is None:
-        advice = "try --bf16, --use-distributed-optimizer, --recompute full, a smaller batch, or more ranks"
+        advice = "try --bf16, --use-distributed-optimizer, --recompute-granularity full, a smaller batch, or more ranks"
         return [*lines, "", f"layout it would choose: none fits; {advice}"]
     if isinstance(own, Answer) and own.layout == best.layout and own.serving == best.serving:
         return [*lines, "", "layout it would choose: the same"]
@@ -363,9 +358,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--memory-gib", type=float, help="of a device, instead of what it is sold with")
     parser.add_argument("--table", action="store_true", help="Markdown, a row for each number of ranks")
     parser.add_argument("--json", action="store_true", help="the layout it would choose, for programs")
-    parser.add_argument("--recompute", choices=("none", "selective", "full"))
-    for name in PRECISION:
-        parser.add_argument("--" + name.replace("_", "-"), action="store_true")
     for name in ("turns", "prompt_tokens", "observation_tokens", "response_tokens"):
         parser.add_argument("--" + name.replace("_", "-"), type=float)
     own = list(argv[: argv.index("--")]) if "--" in argv else list(argv)

@@ -148,16 +148,23 @@ def test_the_chosen_layout_fits_and_none_that_fits_is_faster(gpus):
 
 
 def scaling_question(*flags):
-    options, rest = plan.parse([str(ROOT / "examples/scaling/run.toml"), "--gpus", "8", *SCALING_FLAGS, *flags])
+    options, rest = plan.parse([str(ROOT / "examples/scaling/run.toml"), "--gpus", "8", *flags])
     config = plan.load_config(["--config", options.config, *rest, *model_flags()])
     return plan.question_of(config, options)[0]
 
 
-SCALING_FLAGS = ("--bf16", "--use-distributed-optimizer", "--recompute", "full")
-
-
 def model_flags():
     return ["--student", str(ROOT / "examples/scaling/student"), "--teacher", str(ROOT / "examples/scaling/teacher")]
+
+
+def test_a_teacher_of_its_own_layout_is_planned_in_it():
+    question = scaling_question()
+    same, own = (plan.answer(question, Layout(tp=2, pp=1, dp=4, teacher_tp=tp)) for tp in (2, 8))
+    head = 2 * cost_model.padded_vocab_size(question.teacher.vocab_size, 2) // 2 * question.teacher.hidden_size
+    whole, eighth = (cost_model.stage_parameters(question.teacher, tp, 1, 0) for tp in (2, 8))
+    cut = 2 * (whole - eighth)
+    assert same.memory.teacher - own.memory.teacher == cut - head, "an eighth of the weights, and the head as the student's"
+    assert own.phases["teacher"].sent > same.phases["teacher"].sent
 
 
 def test_nothing_fits_where_nothing_can():
