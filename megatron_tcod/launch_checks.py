@@ -25,10 +25,13 @@ import torch
 
 from megatron_tcod.config import Config, load_config
 from megatron_tcod.cost_model import num_parameters
+from megatron_tcod.model.shape import ModelShape
 from megatron_tcod.preflight import check_run_directory, check_training, preflight, read_model
 
 CHECKPOINT_BYTES = 16
 """Of one parameter in a checkpoint: fp32 weight, two fp32 moments, and the weight once more under Hugging Face names."""
+CHECKPOINT_OVERHEAD_BYTES = 1 << 20
+"""Of a checkpoint: what its files say about their tensors."""
 SHARED_MEMORY_BYTES = 1 << 30
 """What NCCL may need of /dev/shm on a node; containers often have 64 MiB."""
 
@@ -189,14 +192,17 @@ def check_room(config: Config, node: Node) -> list[str]:
         if not os.access(directory, os.W_OK | os.X_OK):
             raise ValueError(f"{setting}: {directory} cannot be written; choose another or change its owner")
     _, shape = read_model("student", config.model.student)
-    per_checkpoint = CHECKPOINT_BYTES * num_parameters(shape)
-    free, wanted = shutil.disk_usage(save).free, (config.training.keep_checkpoints + 1) * per_checkpoint
+    free, wanted = shutil.disk_usage(save).free, (config.training.keep_checkpoints + 1) * checkpoint_bytes(shape)
     if free < wanted:
         raise ValueError(
             f"save = {config.training.save} has {mebibytes(free)} free, {config.training.keep_checkpoints} checkpoints and "
             f"one in the making take {mebibytes(wanted)}; free some, lower keep_checkpoints, or save elsewhere"
         )
     return [f"disk: {mebibytes(free)} free for {mebibytes(wanted)} of checkpoints"]
+
+
+def checkpoint_bytes(shape: ModelShape) -> int:
+    return CHECKPOINT_BYTES * num_parameters(shape) + CHECKPOINT_OVERHEAD_BYTES
 
 
 def check_settings(config: Config, node: Node) -> list[str]:

@@ -84,7 +84,6 @@ def test_a_disk_without_room_for_the_checkpoints(run_flags, monkeypatch):
 
 
 def test_a_checkpoint_is_no_larger_than_the_room_that_is_asked_for(single_process, run_flags, tmp_path):
-    from megatron_tcod.cost_model import num_parameters
     from megatron_tcod.preflight import read_model
     from megatron_tcod.train import main
 
@@ -92,7 +91,7 @@ def test_a_checkpoint_is_no_larger_than_the_room_that_is_asked_for(single_proces
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*")
     size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.suffix == ".safetensors" or "__" in file.name)
     _, shape = read_model("student", str(run_flags[1]))
-    assert 0.5 < size / (launch_checks.CHECKPOINT_BYTES * num_parameters(shape)) <= 1
+    assert 0.5 < size / launch_checks.checkpoint_bytes(shape) <= 1
 
 
 def test_a_run_directory_that_cannot_be_written(run_flags, tmp_path):

@@ -14,8 +14,9 @@ from megatron_tcod.model.shape import ModelShape
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 MEASURED = """
-import runpy, sys
+import os, runpy, sys
 tool = sys.argv.pop(1)
+sys.path.insert(0, os.path.dirname(tool))  # as for any script
 try:
     runpy.run_path(tool, run_name="__main__")
 finally:
