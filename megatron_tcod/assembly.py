@@ -419,6 +419,7 @@ def assemble(config: Config) -> Assembly:
 
     Servers start first, because they size their cache by the memory that they find free.
     """
+    serving.check_attached(config)
     layout = join_world(config)
     with ExitStack() as closing:
         servers = [closing.enter_context(server) for server in serving.rollout_servers(config)]
@@ -483,6 +484,7 @@ def build_run(config: Config, layout: ParallelLayout, servers: list[Any], closin
 
 def assemble_served_teacher(config: Config) -> Player:
     """A teacher behind a server in the student's seat: it plays and nothing is trained. Collective."""
+    serving.check_attached(config)
     join_world(config)
     tokenizer = tokenizer_of(config, config.model.student)
     with ExitStack() as closing:

@@ -61,6 +61,7 @@ def preflight(config: Config, *, world_size: int | None) -> list[str]:
     lines += serving.check_servers(config, dp_size=dp)
     if serving.is_teacher_served(config):
         check_served_teacher(config)
+        serving.check_teacher_model(config, tokenizer)
         if config.sglang.teacher_model:
             check_same_tokenizer(tokenizer, tokenizer_of(config, config.sglang.teacher_model))
     elif config.objective.objective != "sft":

@@ -23,11 +23,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import torch
 
-from megatron_tcod.config import SGLANG, Config
+from megatron_tcod.config import SGLANG, Config, SGLangConfig
 from megatron_tcod.model import parallel
+from megatron_tcod.model.weight_files import read_json
 from megatron_tcod.objective import make_objective
 from megatron_tcod.packing import WeightedRow, build_microbatch
 from megatron_tcod.rollout.chat import TurnTokenizer
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 PROBE_TOKENS = 64
 CONTEXT_MARGIN = 64
 """SGLang takes prompts some tokens shorter than its context."""
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def is_teacher_served(config: Config) -> bool:
@@ -241,6 +244,13 @@ def read_keys(path: str) -> tuple[str, str]:
 
 def check_servers(config: Config, *, dp_size: int | None) -> list[str]:
     """What can be known of a run's servers before anything starts, a line each. Raises ValueError."""
+    if config.model.teacher != SGLANG and config.objective.objective != "sft":
+        given = next((name for name in ("teacher_url", "teacher_model") if getattr(config.sglang, name)), "")
+        if given:
+            raise ValueError(
+                f"{given} = {getattr(config.sglang, given)} is read with teacher = sglang only, and teacher = "
+                f"{config.model.teacher}; give --teacher sglang, or remove {given}"
+            )
     if not uses_servers(config):
         return []
     if importlib.util.find_spec("aiohttp") is None:
@@ -253,6 +263,16 @@ def check_servers(config: Config, *, dp_size: int | None) -> list[str]:
         is_launching = not sglang.sglang_urls
         check_flags("rollout.server", config.rollout.server)
         check_urls("sglang_urls", sglang.sglang_urls)
+        check_unread(
+            "sglang_urls",
+            bool(sglang.sglang_urls),
+            launched={
+                "[rollout.server]": bool(config.rollout.server),
+                f"servers_per_replica = {sglang.servers_per_replica}": sglang.servers_per_replica > 1,
+            },
+            attached={"sglang_key_file": bool(sglang.sglang_key_file)},
+        )
+        check_sync_address(sglang)
         if dp_size is not None and 0 < len(sglang.sglang_urls) < dp_size:
             raise ValueError(
                 f"sglang_urls names {len(sglang.sglang_urls)} servers for {dp_size} data-parallel replicas; give each "
@@ -265,6 +285,18 @@ def check_servers(config: Config, *, dp_size: int | None) -> list[str]:
         is_launching = is_launching or not sglang.teacher_url
         check_flags("sglang.teacher_server", sglang.teacher_server)
         check_urls("teacher_url", [sglang.teacher_url] if sglang.teacher_url else [])
+        is_attaching = config.rollout.rollout_engine == SGLANG and bool(sglang.sglang_urls)
+        if is_attaching and sglang.teacher_url.rstrip("/") in {url.rstrip("/") for url in sglang.sglang_urls}:
+            raise ValueError(
+                f"teacher_url = {sglang.teacher_url} is one of sglang_urls too, whose servers take the student's weights; "
+                f"start a server of its own for the teacher"
+            )
+        check_unread(
+            "teacher_url",
+            bool(sglang.teacher_url),
+            launched={"[sglang.teacher_server]": bool(sglang.teacher_server)},
+            attached={"teacher_key_file": bool(sglang.teacher_key_file)},
+        )
         read_keys(sglang.teacher_key_file)
         if sglang.teacher_model and not (Path(sglang.teacher_model) / "config.json").is_file():
             raise ValueError(f"teacher_model = {sglang.teacher_model}: no config.json there; give a Hugging Face directory")
@@ -282,15 +314,87 @@ def check_servers(config: Config, *, dp_size: int | None) -> list[str]:
 
 def check_urls(field: str, urls: list[str]) -> None:
     for url in urls:
-        if not url.startswith(("http://", "https://")):
+        try:
+            parts = urlsplit(url)
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # a port that is none
+            is_address = False
+        if not is_address:
             raise ValueError(f"{field}: {url!r} is no server address; expected http://HOST:PORT")
+    bare = [url.rstrip("/") for url in urls]
+    twice = next((url for url in bare if bare.count(url) > 1), "")
+    if twice:
+        raise ValueError(f"{field} names {twice} twice; give each server once, because each is updated once a step")
+
+
+def check_unread(field: str, is_attaching: bool, *, launched: Mapping[str, bool], attached: Mapping[str, bool]) -> None:
+    """ValueError for a setting that nothing would read, of those for servers launched here or for attached ones."""
+    unread = next((name for name, is_given in (launched if is_attaching else attached).items() if is_given), "")
+    if unread and is_attaching:
+        raise ValueError(f"{unread} is for servers that are launched here, but {field} attaches to others; remove either")
+    if unread:
+        raise ValueError(f"{unread} is for attached servers, but {field} is empty; give {field}, or remove {unread}")
+
+
+def check_sync_address(sglang: SGLangConfig) -> None:
+    remote = [url for url in sglang.sglang_urls if urlsplit(url).hostname not in LOCAL_HOSTS]
+    if sglang.weight_sync == "distributed" and remote and sglang.weight_sync_address in LOCAL_HOSTS:
+        raise ValueError(
+            f"weight_sync_address = {sglang.weight_sync_address} is each machine's own, so {remote[0]} cannot reach this one "
+            f"by it; give this host's address in the servers' network"
+        )
+
+
+def check_teacher_model(config: Config, tokenizer: TurnTokenizer) -> None:
+    """What tokenizer and config.json tell of a teacher behind a server. Raises ValueError."""
+    sglang, context = config.sglang, config.rollout.rollout_max_context_len
+    if sglang.teacher_top_k > tokenizer.vocab_size:
+        raise ValueError(
+            f"teacher_top_k = {sglang.teacher_top_k} exceeds the {tokenizer.vocab_size} ids of the student's tokenizer; "
+            f"lower it (64 is usual)"
+        )
+    if not sglang.teacher_model:
+        return
+    found = read_json(Path(sglang.teacher_model) / "config.json")
+    found = found.get("text_config", found)
+    longest, num_ids = found.get("max_position_embeddings"), found.get("vocab_size")
+    if longest and context > longest:  # the server is told to serve any context
+        raise ValueError(
+            f"rollout_max_context_len = {context} exceeds max_position_embeddings = {longest} of teacher_model = "
+            f"{sglang.teacher_model}; lower rollout_max_context_len"
+        )
+    if num_ids and num_ids < tokenizer.vocab_size:
+        raise ValueError(
+            f"teacher_model = {sglang.teacher_model} has vocab_size = {num_ids}, the student's tokenizer "
+            f"{tokenizer.vocab_size} ids; give a teacher that was made for this tokenizer"
+        )
+
+
+def check_attached(config: Config) -> None:
+    """Whether each attached server is there and takes the key. Raises ValueError, before anything has started."""
+    from megatron_tcod.rollout.sglang_server import status_of
+
+    sglang, asked = config.sglang, []
+    if config.rollout.rollout_engine == SGLANG:
+        asked += [("sglang_urls", url, "sglang_key_file", sglang.sglang_key_file) for url in sglang.sglang_urls]
+    if is_teacher_served(config) and sglang.teacher_url:
+        asked.append(("teacher_url", sglang.teacher_url, "teacher_key_file", sglang.teacher_key_file))
+    for field, url, key_field, key_file in asked:
+        status = status_of(url, "/model_info", read_keys(key_file)[0])
+        if status == 0:
+            raise ValueError(f"{field}: nobody answers at {url}; start the server first, or give its right address")
+        if status in (401, 403):
+            given = f"the key in {key_field} = {key_file}" if key_file else f"a request without a key ({key_field} is empty)"
+            raise ValueError(f"{field}: {url} refuses {given}; give a file with the server's --api-key in its first line")
+        if status != 200:
+            raise ValueError(f"{field}: {url} answers /model_info with status {status}; expected an SGLang server")
 
 
 def check_program(python: str, program: str) -> None:
-    if python and not os.access(python, os.X_OK):
+    if python and not (Path(python).is_file() and os.access(python, os.X_OK)):
         raise ValueError(f"sglang_python = {python}: no such interpreter; on a CPU make one with tools/sglang_cpu_env.sh")
-    if program.endswith(".py"):
-        if not Path(program).is_file():
+    if program.endswith(".py") or not all(part.isidentifier() for part in program.split(".")):
+        if not (program.endswith(".py") and Path(program).is_file()):
             raise ValueError(f"sglang_program = {program}: no such file; give a module name or a launcher script")
     elif not python and importlib.util.find_spec(program.partition(".")[0]) is None:
         raise ValueError(

@@ -236,9 +236,10 @@ def is_free(port: int) -> bool:
 def status_of(url: str, path: str, key: str = "") -> int:
     """The HTTP status of a GET; 0 when there is no answer."""
     address = urlsplit(url)
-    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=10)
+    kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
+    connection = kind(address.hostname, address.port, timeout=10)
     try:
-        connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
+        connection.request("GET", address.path.rstrip("/") + path, headers={"Authorization": f"Bearer {key}"} if key else {})
         return connection.getresponse().status
     except (OSError, http.client.HTTPException):
         return 0
