@@ -2,7 +2,7 @@
 
     client = SGLangClient("http://127.0.0.1:31000", api_key=..., admin_key=...)
     features = await client.features()                       # what this server can do, from its own answers
-    answers = await client.generate(prompt_ids, sampling, salt="v3", request_id="e7.t2", features=features)
+    answers = await client.generate(prompt_ids, sampling, salt=lambda: "v3", request_id="e7.t2", features=features)
     await client.close()
 
 Versions 0.5.16 to 0.5.23 are told apart by their OpenAPI description and `server_info`, never by their number.
@@ -23,7 +23,7 @@ import asyncio
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,8 +179,11 @@ class SGLangClient:
         self._retry_s, self._pause_s = retry_s, pause_s
         self._places = asyncio.Semaphore(max_concurrent)
         self._session: aiohttp.ClientSession | None = None
+        self._is_closed = False
 
     async def close(self) -> None:
+        """Requests that are under way, or still wait here to be sent, end with StreamBroken."""
+        self._is_closed = True
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -200,22 +203,26 @@ class SGLangClient:
         *,
         request_id: str,
         features: ServerFeatures,
-        salt: str = "",
+        salt: Callable[[], str] = str,
         masked_ids: tuple[int, ...] = (),
         num_samples: int = 1,
     ) -> list[Answer]:
         """`num_samples` answers to one prompt from one request, which the server computes the prompt for once.
 
-        `masked_ids` are never sampled and no part of the softmax. The prompt must fit the server: ids beyond its vocabulary
-        would end it. A warm-up is `max_new_tokens=0`. Raises the errors of the module docstring.
+        `salt` is called whenever the request is sent, which may be long after this call. `masked_ids` are never sampled
+        and no part of the softmax. The prompt must fit the server: ids beyond its vocabulary would end it. A warm-up is
+        `max_new_tokens=0`. Raises the errors of the module docstring.
         """
         async with self._places:
             self.num_in_flight += 1
             try:
-                body = generate_body(
-                    prompt_ids, sampling, features, salt=salt, masked_ids=masked_ids, num_samples=num_samples
+                parsed = await self._repeat(
+                    "/generate",
+                    lambda: generate_body(
+                        prompt_ids, sampling, features, salt=salt(), masked_ids=masked_ids, num_samples=num_samples
+                    ),
+                    request_id,
                 )
-                parsed = await self._repeat("/generate", body, request_id)
             finally:
                 self.num_in_flight -= 1
         answers = parsed if isinstance(parsed, list) else [parsed]
@@ -230,7 +237,7 @@ class SGLangClient:
 
     async def post(self, path: str, body: dict[str, Any]) -> Any:
         """The parsed answer of an endpoint that needs no admin key; repeated like a generation, not counted as one."""
-        return await self._repeat(path, body, "")
+        return await self._repeat(path, lambda: body, "")
 
     async def pause(self) -> None:
         """Stop computing. Running requests go back to the queue and are computed again after `resume`."""
@@ -277,7 +284,7 @@ class SGLangClient:
         if not isinstance(answer, dict) or answer.get("success") is not True:
             raise ServerError(f"{path} was not done: {str(answer)[:300]}", server=self.url)
 
-    async def _repeat(self, path: str, body: dict[str, Any], request_id: str) -> Any:
+    async def _repeat(self, path: str, make_body: Callable[[], dict[str, Any]], request_id: str) -> Any:
         """Ask until there is an answer, an error that repeating cannot mend, or no time left."""
         loop = asyncio.get_running_loop()
         start, attempt = loop.time(), 0
@@ -287,7 +294,7 @@ class SGLangClient:
                 while True:
                     try:
                         # The server refuses an id that it still works on, so every attempt has its own.
-                        named = body | {"rid": f"{request_id}.{attempt}.{random.getrandbits(48):012x}"}
+                        named = make_body() | {"rid": f"{request_id}.{attempt}.{random.getrandbits(48):012x}"}
                         return await self._ask("POST", path, named, request_id, self._api_key)
                     except (ServerUnreachable, ServerError) as error:
                         if isinstance(error, ServerError) and error.status not in RETRYABLE_STATUS:
@@ -333,7 +340,8 @@ class SGLangClient:
         except aiohttp.ClientError as error:
             raise GarbledAnswer(f"{path}: not HTTP ({type(error).__name__}: {error})", **where) from None
         if response.status != 200:
-            raise ServerError(f"{path}: status {response.status}: {raw[:300]!r}", status=response.status, **where)
+            fix = "; give the right key: sglang_key_file, teacher_key_file" if response.status in (401, 403) else ""
+            raise ServerError(f"{path}: status {response.status}: {raw[:300]!r}{fix}", status=response.status, **where)
         if "json" not in response.content_type and path != "/generate":
             return raw.decode(errors="replace")
         try:
@@ -342,6 +350,8 @@ class SGLangClient:
             raise GarbledAnswer(f"{path}: not JSON ({error}): {raw[:100]!r}", **where) from None
 
     def _open_session(self) -> aiohttp.ClientSession:
+        if self._is_closed:
+            raise StreamBroken("the connection was closed", server=self.url)
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
             self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))

@@ -26,7 +26,8 @@ nothing, because the servers generate while the trainer trains.
 
 Servers. A request goes where most of its prompt is cached, or else to the server with least to do. A server that was
 launched here and died is restarted once for all who wait, gets the last weights again, proves them, and the requests that
-died with it are repeated; nothing but tokens is lost. Attached servers are not restarted.
+died with it are repeated; nothing but tokens is lost. Between rollouts the next `load_weights` restarts it, and an update
+waits for a restart that is under way. Attached servers are not restarted.
 
 A thread with an event loop of its own does the talking, so that one engine serves any number of `asyncio.run` calls.
 """
@@ -39,7 +40,7 @@ import threading
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +52,14 @@ from megatron_tcod.rollout.prefix import PrefixLedger, PrefixReuse, warm_waves
 from megatron_tcod.rollout.prefix_router import PrefixRouter
 from megatron_tcod.rollout.sglang_client import (
     Answer,
+    GarbledAnswer,
     RolloutError,
     ServerError,
     ServerUnreachable,
     SGLangClient,
     StreamBroken,
+    generate_body,
+    parse_answer,
 )
 from megatron_tcod.rollout.sglang_server import Server
 from megatron_tcod.rollout.weight_proof import Expected, UnprovenWeights
@@ -210,17 +214,20 @@ class SGLangEngine:
             return
         self._require_idle("be released")
         self._is_ready, self._is_released = False, True
-        released: list[Link] = []
+        released: list[int] = []
         try:
-            self._flush()
-            for link in self._links:
-                if link.features.has_memory_saver:
-                    link.call(link.client.release_memory())
-                    released.append(link)
+            for index, link in enumerate(self._links):
+                with self._tolerating_death(index):
+                    self._flush(link)
+                    if link.features.has_memory_saver:
+                        link.call(link.client.release_memory())
+                        released.append(index)
+            self._start(self._forget_prefixes()).result()
             yield
         finally:
-            for link in released:  # and no other: a server that released nothing dies of it
-                link.call(link.client.resume_memory())
+            for index in released:  # and no other: a server that released nothing dies of it
+                with self._tolerating_death(index):
+                    self._links[index].call(self._links[index].client.resume_memory())
             self._is_released = False
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
@@ -236,10 +243,11 @@ class SGLangEngine:
             self._require_idle("take weights")
         self._is_ready, self._is_updating = False, True
         try:
-            self._update(weights, version)
-            self._last_probe = self._probe() if self._probe else None
-            for link in self._links:
-                link.call(self._prove_by_probe(link))
+            with self._no_revival():
+                self._update(weights, version)
+                self._last_probe = self._probe() if self._probe else None
+                for link in self._links:
+                    link.call(self._prove_by_probe(link))
             self._start(self._forget_prefixes()).result()
             self._is_ready = True
         finally:
@@ -259,25 +267,26 @@ class SGLangEngine:
         """Ask a server; again when the one that was asked has died and was restarted."""
         asked = [self._ledger.submit(prompt_ids, sampling) for _ in range(num_samples)]
         version = self.version
-        answers = await self._ask(prompt_ids, sampling, num_samples)
-        completions = [self._accept(answer, version) for answer in answers]
+        url, answers = await self._ask(prompt_ids, sampling, num_samples)
+        completions = [self._accept(answer, version, url) for answer in answers]
         for one, completion in zip(asked, completions, strict=True):
             self._ledger.finish(one, completion)
         return completions
 
-    async def _ask(self, prompt_ids: list[int], sampling: Sampling, num_samples: int) -> list[Answer]:
+    async def _ask(self, prompt_ids: list[int], sampling: Sampling, num_samples: int) -> tuple[str, list[Answer]]:
+        """The answers, and the URL of the server that gave them."""
         request_id = uuid.uuid4().hex[:16]
         index = self._router.choose(prompt_ids, [link.client.num_in_flight for link in self._links])
         link, is_repeated = self._links[index], False
         while True:
             generation = link.generation
             try:
-                return await link.client.generate(
+                return link.client.url, await link.client.generate(
                     prompt_ids,
                     sampling,
                     request_id=request_id,
                     features=link.features,
-                    salt=f"v{self.version}",
+                    salt=self._salt,
                     masked_ids=self._masked,
                     num_samples=num_samples,
                 )
@@ -287,6 +296,9 @@ class SGLangEngine:
                 logger.warning("%s; asked again", error)
                 is_repeated = True
                 self.counters.repeated += 1
+
+    def _salt(self) -> str:
+        return f"v{self.version}"
 
     async def _await_update(self) -> None:
         """With staleness requests may come during an update, and wait for its end."""
@@ -303,14 +315,9 @@ class SGLangEngine:
         async with self._reviving[index]:
             if link.generation != generation:
                 return True
-            if not server.is_ours or not await self._has_ended(server):
+            if not await self._has_ended(server):
                 return False
-            logger.warning("server %s died; restarting it", server.url)
-            await link.client.close()
-            await asyncio.to_thread(server.restart)
-            self.counters.restarts += 1
-            link.client = self._client_of(server)
-            link.features = await link.client.features()
+            await self._restart(index)
             if self._sync is not None:
                 await asyncio.to_thread(self._sync.restore, link, self.version)
                 await link.client.flush(self._update_deadline_s)
@@ -319,20 +326,49 @@ class SGLangEngine:
             link.generation += 1
             return True
 
+    async def _restart(self, index: int) -> None:
+        """A fresh process behind the link, without the trainer's weights. The caller holds the server's lock."""
+        server, link = self._servers[index], self._links[index]
+        logger.warning("server %s died; restarting it", server.url)
+        await link.client.close()
+        await asyncio.to_thread(server.restart)
+        self.counters.restarts += 1
+        link.client = self._client_of(server)
+        link.features = await link.client.features()
+
+    async def _pause(self, index: int) -> None:
+        """Pause a server, which is restarted for it where it was launched here and has died."""
+        link = self._links[index]
+        try:
+            await link.client.pause()
+        except (ServerUnreachable, StreamBroken):
+            if not await self._has_ended(self._servers[index]):
+                raise
+            await self._restart(index)
+            link.generation += 1
+            await link.client.pause()
+
     async def _has_ended(self, server: Server) -> bool:
-        """The connection breaks before the process is gone; some versions take 5 s to collect diagnostics."""
+        """Whether a server that was launched here is gone.
+
+        The connection breaks before the process is gone; some versions take 5 s to collect diagnostics.
+        """
+        if not server.is_ours:
+            return False
         for _ in range(150):
             if not server.is_alive:
                 return True
             await asyncio.sleep(0.1)
         return False
 
-    def _accept(self, answer: Answer, asked_version: int) -> Completion:
+    def _accept(self, answer: Answer, asked_version: int, url: str) -> Completion:
         """An answer as a Completion; StaleWeights unless all of its tokens are from weights that are young enough.
 
         Where the server tells no spans, the first tokens may be as old as the version that was asked.
         """
-        oldest = self.version
+        oldest, largest = self.version, max(answer.token_ids, default=0)
+        if largest >= self.vocab_size:  # no prompt could hold it, and a teacher's server would end
+            raise GarbledAnswer(f"sampled id {largest}, of which the tokenizer has {self.vocab_size}", server=url)
         if self._sync is not None:
             allowed = range(self.version - self._max_staleness, self.version + 1)
             names = {str(version): version for version in allowed}
@@ -341,7 +377,7 @@ class SGLangEngine:
             if strange:
                 self.counters.refused_stale += 1
                 message = f"tokens of weights {', '.join(versions)}, expected {self.version} (staleness at most"
-                raise StaleWeights(f"{message} {self._max_staleness})", server=self._links[0].client.url)
+                raise StaleWeights(f"{message} {self._max_staleness})", server=url)
             oldest = min(names[name] for name in versions)
         counters = self.counters
         counters.requests += 1
@@ -368,7 +404,8 @@ class SGLangEngine:
             logger.warning("%s: checksums tell nothing about %s; give a probe", link.client.url, unknown[:3])
 
     async def _prove_by_probe(self, link: Link) -> None:
-        """UnprovenWeights unless the server gives the probe's tokens the trainer's log-probabilities."""
+        """UnprovenWeights unless the server gives the probe's tokens the trainer's log-probabilities. It takes no place of
+        those that requests wait for: with staleness an update would last as long as their queue."""
         probe = self._last_probe
         if probe is None:
             if not self._expected.can_tell:
@@ -376,9 +413,8 @@ class SGLangEngine:
                 logger.warning("%s cannot prove its weights (%s); give a probe", link.client.url, link.features)
             return
         once = Sampling(max_new_tokens=0, logprob_start_len=0)
-        (answer,) = await link.client.generate(
-            probe.token_ids, once, request_id=f"probe-{self.version}", features=link.features, salt=f"v{self.version}"
-        )
+        body = generate_body(probe.token_ids, once, link.features, salt=self._salt())
+        answer = parse_answer(await link.client.post("/generate", body), probe.token_ids, once, server=link.client.url)
         worst = max(abs(ours - theirs) for ours, theirs in zip(probe.logprobs, answer.input_logprobs[1:], strict=True))
         if not worst <= probe.tolerance:
             raise UnprovenWeights(
@@ -393,32 +429,62 @@ class SGLangEngine:
     # What runs in the caller's thread.
 
     def _update(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Pause, push, flush, prove, resume."""
+        """Pause, push, flush, prove, resume. Whatever fails, no server is left paused."""
         paused: list[Link] = []
         try:
-            for link in self._links:
-                link.call(link.client.pause())
+            for index, link in enumerate(self._links):
+                self._start(self._pause(index)).result()
                 paused.append(link)
             self._expected = self._sync.push(self._links, weights, version)
-            self._flush()
+            for link in self._links:
+                self._flush(link)
+            self._start(self._forget_prefixes()).result()
             for link in self._links:
                 link.call(self._prove(link))
             self.version = version  # before requests go on: their next tokens are of this version
-        finally:
+        except BaseException:
             for link in paused:
-                link.call(link.client.resume())
+                with suppress(RolloutError):  # the first failure is the one to tell
+                    link.call(link.client.resume())
+            raise
+        for link in paused:
+            link.call(link.client.resume())
 
-    def _flush(self) -> None:
-        for link in self._links:
-            is_busy = self._num_in_flight > 0  # allowed with staleness: the pause has put these requests back
-            try:
-                link.call(link.client.flush(BUSY_FLUSH_S if is_busy else self._update_deadline_s))
-            except ServerError as error:
-                if not (is_busy and error.status == 400 and link.features.salt_field):
-                    raise
-                message = "%s does not flush under waiting requests (up to 0.5.20); the salt keeps old prefixes apart"
-                logger.warning(message, link.client.url)
-        self._start(self._forget_prefixes()).result()
+    def _flush(self, link: Link) -> None:
+        is_busy = self._num_in_flight > 0  # allowed with staleness: the pause has put these requests back
+        try:
+            link.call(link.client.flush(BUSY_FLUSH_S if is_busy else self._update_deadline_s))
+        except ServerError as error:
+            if not (is_busy and error.status == 400 and link.features.salt_field):
+                raise
+            message = "%s does not flush under waiting requests (up to 0.5.20); the salt keeps old prefixes apart"
+            logger.warning(message, link.client.url)
+
+    @contextmanager
+    def _no_revival(self) -> Iterator[None]:
+        """Within the block no request restarts a server or gives one the older weights. Waits for those that do so now."""
+
+        async def take() -> None:
+            for lock in self._reviving:
+                await lock.acquire()
+
+        self._start(take()).result()
+        try:
+            yield
+        finally:
+            for lock in self._reviving:
+                self._loop.call_soon_threadsafe(lock.release)
+
+    @contextmanager
+    def _tolerating_death(self, index: int) -> Iterator[None]:
+        """A server that was launched here and has died ends the block and nothing else; `load_weights` restarts it."""
+        server = self._servers[index]
+        try:
+            yield
+        except (ServerUnreachable, StreamBroken):
+            if not self._start(self._has_ended(server)).result():
+                raise
+            logger.warning("server %s died; the next weights restart it", server.url)
 
     def _check(self, prompt_ids: list[int], sampling: Sampling) -> None:
         """ValueError for what SGLang would refuse, cut short, or, for ids beyond its vocabulary, die of."""
@@ -454,8 +520,8 @@ class SGLangEngine:
             room = features.max_input_tokens
             if room and room < self.max_context:
                 raise ValueError(
-                    f"{server.url} takes prompts of {room} tokens, max_context is {self.max_context}; start it with a "
-                    "context_length some tokens above max_context"
+                    f"{server.url} takes prompts of {room} tokens, rollout_max_context_len is {self.max_context}; lower "
+                    "it, or start the server with a context_length and max_total_tokens some tokens above it"
                 )
         except BaseException:
             self._start(client.close()).result()

@@ -20,6 +20,7 @@ from megatron_tcod.rollout.sglang_client import (  # noqa: E402
     DeadlineExceeded,
     GarbledAnswer,
     LogprobMismatch,
+    RolloutError,
     ServerError,
     ServerUnreachable,
     StreamBroken,
@@ -311,6 +312,60 @@ def test_requests_that_come_during_an_update_wait_for_it_with_staleness_and_are_
             assert_right([2], 1, gather(stage.engine, [[1], [2]])[1][0], version="4")
     else:
         assert "no proven weights" in str(result)
+
+
+@pytest.mark.parametrize("stage", [dict(engine_options=dict(max_staleness=1, max_concurrent=1))], indirect=True)
+def test_an_update_overtakes_the_queue_and_those_in_it_are_asked_under_the_new_version(stage):
+    """The proof needs no place, and the salt is that of the moment in which a request is sent."""
+    stage.server.delay_s = 0.4
+    stage.engine._probe = lambda: Probe(token_ids=[1, 2, 3], logprobs=[-1.0, -1.0], tolerance=1e-4)
+
+    async def play():
+        asked = [asyncio.ensure_future(stage.engine.generate([i], Sampling(max_new_tokens=5, seed=i))) for i in range(6)]
+        while not stage.server.most_at_once:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(stage.engine.load_weights, weights(), 4)
+        num_answered = sum(one.done() for one in asked)
+        return num_answered, await asyncio.gather(*asked)
+
+    num_answered, completions = asyncio.run(play())
+    assert num_answered <= 2
+    assert stage.server.salts == ["v3", *["v4"] * 6]  # one was sent before, five after, and the probe
+    for seed, completion in enumerate(completions[1:], 1):
+        assert_right([seed], seed, completion, version="4")
+
+
+@pytest.mark.parametrize("stage", [dict(engine_options=dict(vocab_size=60, head_rows=97))], indirect=True)
+def test_an_id_that_the_tokenizer_does_not_have_is_an_engine_fault(stage):
+    prompts = [[seed] for seed in range(8)]
+    is_outside = [max(expected_ids(prompt, seed, "3", 5)) >= 60 for seed, prompt in enumerate(prompts)]
+    assert 0 < sum(is_outside)
+    for (result, _), outside in zip(gather(stage.engine, prompts), is_outside, strict=True):
+        assert isinstance(result, GarbledAnswer) == outside
+        assert not outside or "of which the tokenizer has 60" in str(result)
+
+
+def test_every_server_goes_on_after_an_update_that_one_did_not_survive(tmp_path):
+    """Attached servers are somebody else's: none may be left paused."""
+    stages = [Stage(tmp_path / str(number)) for number in range(2)]
+    links = [attach(one.engine._links[0].client.url) for one in stages]
+    engine = SGLangEngine(links, FromDisk(tmp_path / "weights", tmp_path), vocab_size=97, max_context=256)
+    try:
+        for one in stages:
+            one.server.calls.clear()
+
+        def breaking():
+            yield from weights()
+            stages[0].run(stages[0].server.stop())
+
+        with pytest.raises(RolloutError) as caught:
+            engine.load_weights(breaking(), version=4)
+        assert "update_weights_from_disk" in str(caught.value) or "connect" in str(caught.value)
+        assert stages[1].server.calls[-1] == "continue_generation"
+    finally:
+        engine.close()
+        for one in stages:
+            one.close()
 
 
 def collected(stage, tokenizer, letters):

@@ -164,12 +164,16 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
     assert time.monotonic() - started < 15
 
 
-def test_a_killed_server_is_restarted_with_its_weights_and_every_request_is_answered_once(tmp_path):
+def some_weights():
     import torch
 
+    yield "model.norm.weight", torch.ones(4)
+
+
+def test_a_killed_server_is_restarted_with_its_weights_and_every_request_is_answered_once(tmp_path):
     with launch_stand_in(tmp_path) as server:
         engine = SGLangEngine([server], FromDisk(tmp_path / "weights", tmp_path), vocab_size=97, max_context=64)
-        engine.load_weights(iter([("model.norm.weight", torch.ones(4))]), version=3)
+        engine.load_weights(some_weights(), version=3)
         prompts = [[i, 7] for i in range(12)]
 
         async def play():
@@ -185,6 +189,53 @@ def test_a_killed_server_is_restarted_with_its_weights_and_every_request_is_answ
             assert completion.token_ids == expected_ids(prompt, seed, "3", 5)
         counters = engine.counters
         assert (counters.restarts, counters.repeated, counters.requests, server.num_starts) == (1, 12, 12, 2)
+        engine.close()
+
+
+def kill(server) -> None:
+    main = main_process_of(server)
+    os.kill(main, signal.SIGKILL)
+    assert all_end([main], within_s=5)
+
+
+@pytest.mark.parametrize("moment", ["before", "released", "weights"])
+def test_a_server_that_dies_between_rollouts_comes_back_with_the_next_weights(tmp_path, moment):
+    with launch_stand_in(tmp_path) as server:
+        engine = SGLangEngine([server], FromDisk(tmp_path / "weights", tmp_path), vocab_size=97, max_context=64)
+        engine.load_weights(some_weights(), version=3)
+        if moment == "before":
+            kill(server)
+        with engine.released():
+            if moment == "released":
+                kill(server)
+        if moment == "weights":
+            kill(server)
+        engine.load_weights(some_weights(), version=4)
+        completion = asyncio.run(engine.generate([1, 7], Sampling(max_new_tokens=5)))
+        assert completion.token_ids == expected_ids([1, 7], 0, "4", 5)
+        assert (engine.counters.restarts, server.num_starts) == (1, 2)
+        engine.close()
+
+
+def test_with_staleness_an_update_waits_for_a_restart_and_nothing_is_lost(tmp_path):
+    """The server dies under requests, and weights are published while it comes back."""
+    with launch_stand_in(tmp_path) as server:
+        sync = FromDisk(tmp_path / "weights", tmp_path)
+        engine = SGLangEngine([server], sync, vocab_size=97, max_context=64, max_concurrent=4, max_staleness=1)
+        engine.load_weights(some_weights(), version=3)
+
+        async def play():
+            calls = [asyncio.ensure_future(engine.generate([i], Sampling(max_new_tokens=5, seed=i))) for i in range(12)]
+            await asyncio.sleep(0.15)
+            kill(server)
+            while server.is_alive:
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(engine.load_weights, some_weights(), 4)
+            return await asyncio.gather(*calls)
+
+        for seed, completion in enumerate(asyncio.run(play())):
+            assert completion.token_ids in [expected_ids([seed], seed, version, 5) for version in ("3", "4")]
+        assert (engine.counters.restarts, engine.counters.requests, server.num_starts) == (1, 12, 2)
         engine.close()
 
 
