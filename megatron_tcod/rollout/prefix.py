@@ -29,6 +29,7 @@ It talks to no server and computes no KV.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -213,11 +214,13 @@ class PrefixLedger:
         completion = ...
         ledger.finish(asked, completion)
 
-    A request that fails is not finished and not counted. Memory grows with what was entered; `flush` frees it.
+    A request that fails is not finished and not counted. It holds `limit` tokens of 8 bytes at most, and then forgets those
+    that were used longest ago. Counts may be taken while another thread submits and finishes.
     """
 
-    def __init__(self) -> None:
-        self._tree, self._counts = RadixTree(), PrefixReuse()
+    def __init__(self, *, limit: int = 1 << 26) -> None:
+        self._tree, self._limit = RadixTree(), limit
+        self._counts, self._counting = PrefixReuse(), threading.Lock()
 
     def submit(self, prompt: Sequence[int] | np.ndarray, sampling: Sampling) -> Submitted:
         """A request may reuse all but its last token, and nothing from `logprob_start_len` on."""
@@ -233,14 +236,16 @@ class PrefixLedger:
         if len(completion.token_ids) > 1:
             self._enter(np.concatenate([asked.prompt, np.asarray(completion.token_ids[:-1], np.int64)]))
         if asked.is_warmup:
-            self._counts += PrefixReuse(warmed_tokens=completion.prompt_tokens - completion.cached_tokens)
-            return
-        self._counts += PrefixReuse(
-            requests=1,
-            prompt_tokens=completion.prompt_tokens,
-            reusable_tokens=asked.reusable,
-            reused_tokens=min(completion.cached_tokens, asked.reusable),
-        )
+            counts = PrefixReuse(warmed_tokens=completion.prompt_tokens - completion.cached_tokens)
+        else:
+            counts = PrefixReuse(
+                requests=1,
+                prompt_tokens=completion.prompt_tokens,
+                reusable_tokens=asked.reusable,
+                reused_tokens=min(completion.cached_tokens, asked.reusable),
+            )
+        with self._counting:
+            self._counts += counts
 
     def flush(self) -> None:
         """The cache lost everything: new weights, or a server that was asked to. Counts stay."""
@@ -248,11 +253,14 @@ class PrefixLedger:
 
     def take(self) -> PrefixReuse:
         """Counts since the last call."""
-        counts, self._counts = self._counts, PrefixReuse()
+        with self._counting:
+            counts, self._counts = self._counts, PrefixReuse()
         return counts
 
     def _enter(self, ids: np.ndarray) -> None:
         self._tree.insert(ids, _no_kv)
+        if self._tree.num_tokens > self._limit:
+            self._tree.evict(self._tree.num_tokens - self._limit // 2)
 
 
 class _NoKV:

@@ -23,7 +23,7 @@ import asyncio
 import json
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,8 +107,10 @@ class ServerFeatures:
     """The request field that keeps cached prefixes apart; empty where there is none."""
 
     @staticmethod
-    def from_answers(openapi: Mapping[str, Any], info: Mapping[str, Any]) -> ServerFeatures:
-        """From the bodies of /openapi.json and /server_info."""
+    def from_answers(openapi: Any, info: Any, *, server: str) -> ServerFeatures:
+        """From the bodies of /openapi.json and /server_info; GarbledAnswer where they are no objects."""
+        if not isinstance(openapi, dict) or not isinstance(info, dict):
+            raise GarbledAnswer("openapi.json and server_info must be JSON objects; is this an SGLang server?", server=server)
         paths = openapi.get("paths", {})
         request = openapi.get("components", {}).get("schemas", {}).get("GenerateReqInput", {}).get("properties", {})
         salts = [name for name in ("cache_salt", "extra_key") if name in request]
@@ -190,11 +192,7 @@ class SGLangClient:
 
     async def features(self) -> ServerFeatures:
         openapi, info = await self._control("GET", "/openapi.json"), await self._control("GET", "/server_info")
-        if not isinstance(openapi, dict) or not isinstance(info, dict):
-            raise GarbledAnswer(
-                "openapi.json and server_info must be JSON objects; is this an SGLang server?", server=self.url
-            )
-        return ServerFeatures.from_answers(openapi, info)
+        return ServerFeatures.from_answers(openapi, info, server=self.url)
 
     async def generate(
         self,

@@ -138,7 +138,7 @@ class ServerTeacher:
     def warm_ahead(self, prefixes: Sequence[Sequence[int]]) -> None:
         """Have the server compute prefixes while the caller goes on, as many as its cache holds together.
 
-        The next `score`, `warm_ahead` or `close` waits for it. A failure is logged: scoring computes what is missing.
+        The next `score` or `warm_ahead` waits for it. A failure is logged: scoring computes what is missing.
         """
         if self._is_asking and prefixes:
             first = plan_prefixes(prefixes, budget=self._cache_tokens)[0]
@@ -155,7 +155,7 @@ class ServerTeacher:
         return counts
 
     def close(self) -> None:
-        """End the session and the connection. The server goes on. Harmless when called again."""
+        """End the session, the connection and a warm-up that is under way. The server goes on. Harmless when called again."""
         if not self._is_asking or self._loop.is_closed():
             return
         try:
@@ -169,7 +169,7 @@ class ServerTeacher:
 
     async def _open(self) -> None:
         openapi, info = await self._server.get("/openapi.json"), await self._server.get("/server_info")
-        self._features = ServerFeatures.from_answers(openapi, info)
+        self._features = ServerFeatures.from_answers(openapi, info, server=self._server.url)
         request = openapi.get("components", {}).get("schemas", {}).get("GenerateReqInput", {}).get("properties", {})
         self._is_flat = "return_flat_raw_top_logprobs_b64" in request
         total = int(info.get("max_total_num_tokens") or 0)
@@ -183,7 +183,9 @@ class ServerTeacher:
         self._session_id = session_id
 
     async def _close(self) -> None:
-        await self._finish_warming()
+        if self._warming is not None:
+            self._warming.cancel()
+            await asyncio.gather(self._warming, return_exceptions=True)
         try:
             if self._session_id:
                 await self._server.post("/close_session", {"session_id": self._session_id})

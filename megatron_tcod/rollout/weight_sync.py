@@ -76,7 +76,7 @@ class WeightSync(Protocol):
 
 
 class FromDisk:
-    """Through a directory of safetensors: `directory/<version>` appears whole, older ones go."""
+    """Through a directory of safetensors: `directory/<version>` appears whole, older ones go, and the last with `close`."""
 
     def __init__(self, directory: Path, model_path: str | Path, *, shard_bytes: int = 4 << 30) -> None:
         """`model_path`: the served model; its configuration and tokenizer files are copied beside the weights."""
@@ -95,7 +95,9 @@ class FromDisk:
         link.call(self._update(link, version))
 
     def close(self) -> None:
-        pass
+        if self._current is not None:
+            shutil.rmtree(self._current, ignore_errors=True)
+            self._current = None
 
     async def _update(self, link: Link, version: int) -> None:
         body = {

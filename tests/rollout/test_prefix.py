@@ -4,6 +4,8 @@ import asyncio
 import dataclasses
 import itertools
 import random
+import sys
+import threading
 from collections import Counter
 
 import pytest
@@ -174,6 +176,39 @@ REQUESTS = st.lists(
     ),
     max_size=12,
 )
+
+
+def test_counts_are_neither_lost_nor_doubled_when_taken_by_another_thread():
+    ledger, prompt = PrefixLedger(), [1, 2, 3]
+    asked, done = ledger.submit(prompt, Sampling(max_new_tokens=1)), threading.Event()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def finish() -> None:
+        for _ in range(4000):
+            ledger.finish(asked, completion_of(prompt, [], 0))
+        done.set()
+
+    try:
+        thread, total = threading.Thread(target=finish), PrefixReuse()
+        thread.start()
+        while not done.is_set():
+            total += ledger.take()
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert (total + ledger.take()).requests == 4000
+
+
+def test_a_ledger_that_is_never_flushed_holds_no_more_than_its_limit():
+    """A teacher's: with compact history every turn of every step has a prompt of its own."""
+    ledger = PrefixLedger(limit=1000)
+    for number in range(200):
+        ledger.submit([number, *range(1000, 1040)], Sampling(max_new_tokens=0))
+        assert ledger._tree.num_tokens <= 1000
+    newest = ledger.submit([199, *range(1000, 1040)], Sampling(max_new_tokens=1))
+    oldest = ledger.submit([0, *range(1000, 1040)], Sampling(max_new_tokens=1))
+    assert (newest.reusable, oldest.reusable) == (40, 0)
 
 
 @EXAMPLES

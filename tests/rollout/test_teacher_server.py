@@ -245,6 +245,7 @@ def test_only_what_fits_the_server_together_is_warmed_ahead():
     with FakeTeacher(cache_tokens=900) as fake:
         teacher = teacher_of(fake, max_inflight_tokens=400)
         teacher.warm_ahead(prefixes)
+        teacher.score([])  # waits for it
         teacher.close()
     assert len(fake.warmed) == 5  # 900 - 400 tokens
 
@@ -280,6 +281,33 @@ def test_a_teacher_that_speaks_other_ids_is_refused_at_the_start(tokenizer, tmp_
                 teacher.close()
         fake.tokenizer = None
         assert "does not tell the text of its ids" in refused(fake, tokenizer)
+
+
+def test_what_is_no_sglang_server_is_named():
+    """A proxy or a file server answers 200 and a page to everything."""
+
+    class Page:
+        url = "http://127.0.0.1:1"
+
+        async def get(self, path):
+            return "<html>welcome</html>"
+
+        async def close(self):
+            pass
+
+    with pytest.raises(GarbledAnswer, match="is this an SGLang server?"):
+        ServerTeacher(Page, vocab_size=VOCAB)
+
+
+def test_closing_waits_for_no_warm_up():
+    with FakeTeacher(delay_s=30, has_sessions=False) as fake:
+        teacher = teacher_of(fake)
+        teacher.warm_ahead([list(range(40))])
+        while not fake.warmed:
+            time.sleep(0.01)
+        started = time.monotonic()
+        teacher.close()
+        assert time.monotonic() - started < 5
 
 
 def test_nothing_is_left_of_a_teacher_whose_server_is_not_there():
