@@ -84,12 +84,23 @@ def rollout_servers(config: Config) -> list[Server]:
     def start(number: int) -> Server:
         own, theirs = {"load_format": "dummy"}, underscored(config.rollout.server)  # the trainer's weights come first
         if torch.cuda.is_available():
-            own["base_gpu_id"] = parallel.device().index + number * int(theirs.get("tp_size", 1))
+            own["base_gpu_id"] = parallel.device().index + number * gpus_of(theirs)
         flags = own | theirs
         return launch_server(config, config.model.student, flags, f"rollout-{parallel.dp_rank()}-{number}")
 
     with ThreadPoolExecutor(sglang.servers_per_replica) as threads:
         return list(threads.map(start, range(sglang.servers_per_replica)))
+
+
+def gpus_of(flags: Mapping[str, Any]) -> int:
+    """GPUs that a server with these flags takes. ValueError for a size that is none."""
+    num_gpus, is_shared = 1, bool(flags.get("enable_dp_attention"))  # its dp lies within its tp
+    for short, long in (("tp", "tensor"), ("pp", "pipeline"), *(() if is_shared else (("dp", "data"),))):
+        size = flags.get(f"{short}_size", flags.get(f"{long}_parallel_size", 1))
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"[rollout.server] {short}_size = {size!r} is no number of GPUs; give an integer from 1 up")
+        num_gpus *= size
+    return num_gpus
 
 
 def launch_server(config: Config, model_path: str, flags: Mapping[str, Any], name: str) -> Server:
@@ -262,6 +273,7 @@ def check_servers(config: Config, *, dp_size: int | None) -> list[str]:
     if config.rollout.rollout_engine == SGLANG:
         is_launching = not sglang.sglang_urls
         check_flags("rollout.server", config.rollout.server)
+        gpus_of(underscored(config.rollout.server))
         check_urls("sglang_urls", sglang.sglang_urls)
         check_unread(
             "sglang_urls",

@@ -12,6 +12,7 @@ from megatron_tcod.serving import (
     check_attached,
     check_servers,
     check_teacher_model,
+    gpus_of,
     is_teacher_served,
     read_keys,
     uses_servers,
@@ -34,6 +35,7 @@ TEACHER = ["--teacher", "sglang", "--teacher-url", "http://127.0.0.1:3"]
         (["--rollout-engine", "sglang", "--sglang-urls", "a:1"], "", "sglang_urls: 'a:1' is no server address"),
         ([*ATTACHED[:-1]], "", "sglang_urls names 1 servers for 2 data-parallel replicas"),
         (ATTACHED, "[rollout.server]\nport = 1\n", r"\[rollout.server\] must not set port"),
+        (LAUNCHED, "[rollout.server]\ntp-size = '2'\n", r"\[rollout.server\] tp_size = '2' is no number of GPUs"),
         (TEACHER, "[sglang.teacher_server]\napi-key = 'x'\n", r"\[sglang.teacher_server\] must not set api-key"),
         (["--teacher", "sglang", "--teacher-url", "file:///x"], "", "teacher_url: 'file:///x' is no server address"),
         (["--teacher", "sglang", "--teacher-model", "absent"], "", "teacher_model = absent: no config.json there"),
@@ -59,6 +61,19 @@ def test_a_mistake_about_servers_gets_one_message(tmp_path, argv, file, message)
     with pytest.raises(ValueError, match=message) as caught:
         check_servers(config, dp_size=2)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_gpus"),
+    [
+        ({}, 1),
+        ({"tp_size": 4}, 4),
+        ({"tensor_parallel_size": 2, "pp_size": 2, "dp_size": 2}, 8),
+        ({"tp_size": 8, "dp_size": 8, "enable_dp_attention": True}, 8),
+    ],
+)
+def test_the_next_server_of_a_replica_starts_behind_the_gpus_of_this_one(flags, num_gpus):
+    assert gpus_of(flags) == num_gpus
 
 
 def test_sound_settings_are_told_in_a_line_each():

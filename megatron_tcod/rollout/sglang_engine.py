@@ -161,6 +161,8 @@ class SGLangEngine:
             self._stop_loop()
             raise
         self._reviving = [asyncio.Lock() for _ in self._servers]
+        self._lived_at = [0.0] * len(self._servers)
+        """When a server that had broken a connection was last seen alive, by the loop's clock."""
         self._log_features()
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Completion:
@@ -312,10 +314,14 @@ class SGLangEngine:
     async def _revive(self, index: int, generation: int) -> bool:
         """Whether the server has been restarted since `generation`, by this call or by another request's."""
         server, link = self._servers[index], self._links[index]
+        failed_at = self._loop.time()
         async with self._reviving[index]:
             if link.generation != generation:
                 return True
+            if failed_at < self._lived_at[index]:  # others found out since; each would wait as long as the first
+                return False
             if not await self._has_ended(server):
+                self._lived_at[index] = self._loop.time()
                 return False
             await self._restart(index)
             if self._sync is not None:

@@ -24,6 +24,7 @@ import ctypes
 import http.client
 import json
 import os
+import re
 import secrets
 import select
 import signal
@@ -99,6 +100,10 @@ class Server:
     def log_path(self) -> Path | None:
         return None if self._spec is None else self._spec.run_directory / f"{self._spec.name}.log"
 
+    @property
+    def _secrets_file(self) -> Path:
+        return self._spec.run_directory / f".{self._spec.name}.yaml"
+
     def start(self) -> None:
         """Start and wait until healthy. Raises ServerStartFailed."""
         assert self._spec is not None, "an attached server is started by its owner"
@@ -108,14 +113,13 @@ class Server:
             if self._await_health():
                 self.num_starts += 1
                 return
-            reason, is_port_lost = self._end_of_log(), not is_free(port)
+            has_ended, reason, is_port_lost = not self.is_alive, self._end_of_log(), not is_free(port)
             self.stop()
+            self._secrets_file.unlink(missing_ok=True)
             if not is_port_lost:  # else another process was faster than the server
                 break
-        raise ServerStartFailed(
-            f"{self._spec.name} did not become healthy within {self._spec.start_timeout_s:g} s or ended; "
-            f"its log {self.log_path} ends with:\n{reason}"
-        )
+        failure = "ended while it started" if has_ended else f"was not healthy within {self._spec.start_timeout_s:g} s"
+        raise ServerStartFailed(f"server {self._spec.name} {failure}; its log {self.log_path} ends with: {reason}")
 
     def restart(self) -> None:
         """A fresh process at a new port, with the weights of its model path and the same keys."""
@@ -144,8 +148,7 @@ class Server:
     def _start_at(self, port: int) -> None:
         spec = self._spec
         spec.run_directory.mkdir(parents=True, exist_ok=True)
-        secrets_file = spec.run_directory / f".{spec.name}.yaml"
-        write_private(secrets_file, json.dumps({"api-key": self.api_key, "admin-api-key": self.admin_key}))
+        write_private(self._secrets_file, json.dumps({"api-key": self.api_key, "admin-api-key": self.admin_key}))
         write_private(self.log_path, "", append=True)
         inherited = {
             name: value
@@ -154,7 +157,7 @@ class Server:
         }
         self.url = f"http://{LOOPBACK}:{port}"
         self._supervisor = subprocess.Popen(
-            [sys.executable, "-I", __file__, str(self.log_path), *spec.command(port, secrets_file)],
+            [sys.executable, "-I", __file__, str(self.log_path), *spec.command(port, self._secrets_file)],
             stdin=subprocess.PIPE,
             start_new_session=True,
             env={"GLOO_SOCKET_IFNAME": "lo"} | inherited | dict(spec.environment),
@@ -165,13 +168,16 @@ class Server:
         deadline = time.monotonic() + self._spec.start_timeout_s
         while self.is_alive and time.monotonic() < deadline:
             if status_of(self.url, "/health") == 200 and status_of(self.url, "/model_info", self.api_key) == 200:
-                (self._spec.run_directory / f".{self._spec.name}.yaml").unlink(missing_ok=True)
+                self._secrets_file.unlink(missing_ok=True)
                 return True
             time.sleep(0.3)
         return False
 
     def _end_of_log(self, num_lines: int = 15) -> str:
-        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-num_lines:])
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        if lines and re.match(r"\S.*: error: ", lines[-1]):  # a flag that SGLang does not know, under pages of those it does
+            return lines[-1]
+        return "\n" + "\n".join(lines[-num_lines:])
 
 
 def launch(

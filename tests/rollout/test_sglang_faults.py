@@ -28,7 +28,7 @@ from megatron_tcod.rollout.sglang_client import (  # noqa: E402
     WrongTokenCount,
 )
 from megatron_tcod.rollout.sglang_engine import Probe, SGLangEngine, StaleWeights  # noqa: E402
-from megatron_tcod.rollout.sglang_server import attach  # noqa: E402
+from megatron_tcod.rollout.sglang_server import Server, attach  # noqa: E402
 from megatron_tcod.rollout.weight_proof import UnprovenWeights  # noqa: E402
 from megatron_tcod.rollout.weight_sync import FromDisk  # noqa: E402
 from megatron_tcod.trajectory import TurnWindow  # noqa: E402
@@ -366,6 +366,21 @@ def test_every_server_goes_on_after_an_update_that_one_did_not_survive(tmp_path)
         engine.close()
         for one in stages:
             one.close()
+
+
+def test_broken_connections_to_a_server_that_lives_are_looked_into_once(stage):
+    """A launched server gets 15 s to be gone; the requests that broke together wait for that together."""
+
+    class Launched(Server):
+        is_ours = True
+
+    url = stage.engine._links[0].client.url
+    engine = SGLangEngine([Launched(url, "", "")], None, vocab_size=97, max_context=256, deadline_s=DEADLINE_S)
+    stage.server.faults[13] = "death"
+    results = gather(engine, [[13, 1], [13, 2], [13, 3], [1]])
+    engine.close()
+    assert all(isinstance(error, StreamBroken) for error, _ in results[:3])
+    assert max(seconds for _, seconds in results) < 25
 
 
 def collected(stage, tokenizer, letters):

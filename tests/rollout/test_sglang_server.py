@@ -155,8 +155,13 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
     options = prepare_stand_in(tmp_path)
     program = Path(options["program"])
     program.write_text("raise SystemExit('no such model')")
-    with pytest.raises(ServerStartFailed, match="no such model"):
+    with pytest.raises(ServerStartFailed, match="ended while it started; its log .* ends with: \nno such model"):
         launch("m", run_directory=tmp_path, **options)
+    program.write_text("print('usage: ...'); raise SystemExit('sglang: error: unrecognized arguments: --tp-sizes 2')")
+    with pytest.raises(ServerStartFailed, match="ends with: sglang: error: unrecognized arguments: --tp-sizes 2$") as told:
+        launch("m", run_directory=tmp_path, **options)
+    assert "\n" not in str(told.value)
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []  # the file with the keys is gone
     program.write_text("import time; time.sleep(600)")
     started = time.monotonic()
     with pytest.raises(ServerStartFailed, match="within 2 s"):
