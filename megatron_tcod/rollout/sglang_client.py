@@ -414,7 +414,9 @@ def parse_answer(answer: Any, prompt_ids: list[int], sampling: Sampling, **where
             "length is too small",
             **where,
         )
-    logprobs = _logprobs(meta.get("output_token_logprobs") or [], ids, "sampled", **where)
+    # Where a prompt that asks for no ids shares a batch with some that do, SGLang samples one, drops it and tells its number.
+    sampled = meta.get("output_token_logprobs") or [] if asked else []
+    logprobs = _logprobs(sampled, ids, "sampled", **where)
     inputs: list[float | None] = []
     if sampling.logprob_start_len >= 0:
         start, entries = sampling.logprob_start_len, meta.get("input_token_logprobs") or []

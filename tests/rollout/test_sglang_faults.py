@@ -26,6 +26,7 @@ from megatron_tcod.rollout.sglang_client import (  # noqa: E402
     StreamBroken,
     TruncatedAnswer,
     WrongTokenCount,
+    parse_answer,
 )
 from megatron_tcod.rollout.sglang_engine import Probe, SGLangEngine, StaleWeights  # noqa: E402
 from megatron_tcod.rollout.sglang_server import Server, attach  # noqa: E402
@@ -381,6 +382,21 @@ def test_broken_connections_to_a_server_that_lives_are_looked_into_once(stage):
     engine.close()
     assert all(isinstance(error, StreamBroken) for error, _ in results[:3])
     assert max(seconds for _, seconds in results) < 25
+
+
+def test_a_scored_prompt_may_come_with_the_number_of_an_id_that_was_sampled_and_dropped():
+    """What SGLang 0.5.21 answers to a probe or a teacher's row that shares a prefill batch with requests that sample."""
+    meta = {
+        "finish_reason": {"type": "length", "length": 0},
+        "prompt_tokens": 3,
+        "completion_tokens": 0,
+        "cached_tokens": 0,
+        "input_token_logprobs": [[None, 5, None], [-1.0, 6, None], [-2.0, 7, None]],
+        "output_token_logprobs": [[-0.5, 9, None]],
+    }
+    scoring = Sampling(max_new_tokens=0, logprob_start_len=0)
+    answer = parse_answer({"output_ids": [], "meta_info": meta}, [5, 6, 7], scoring, server="s")
+    assert (answer.logprobs, answer.input_logprobs) == ([], [None, -1.0, -2.0])
 
 
 def collected(stage, tokenizer, letters):
