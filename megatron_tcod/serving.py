@@ -383,9 +383,11 @@ def check_teacher_model(config: Config, tokenizer: TurnTokenizer) -> None:
 
 
 def check_attached(config: Config) -> None:
-    """Whether each attached server is there and takes the key. Raises ValueError, before anything has started."""
+    """Whether each attached server is there and takes the key; rank 0 asks. Raises ValueError, before the ranks have met."""
     from megatron_tcod.rollout.sglang_server import status_of
 
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
     sglang, asked = config.sglang, []
     if config.rollout.rollout_engine == SGLANG:
         asked += [("sglang_urls", url, "sglang_key_file", sglang.sglang_key_file) for url in sglang.sglang_urls]
