@@ -231,6 +231,9 @@ setup(
         "tensorboard": ["tensorboard"],
         "triton": ["triton>=3.6,<3.8; platform_system == 'Linux'"],  # a CUDA build of torch brings its own
         "sglang": ["aiohttp"],  # to talk to servers, which have an environment of their own
-        "dev": ["aiohttp", "pytest", "pytest-timeout", "hypothesis", "ruff", "scipy", "pybind11>=2.12", "setuptools>=77"],
+        "dev": [
+            *("aiohttp", "hypothesis", "pybind11>=2.12", "ruff", "scipy", "setuptools>=77"),
+            *("pytest", "pytest-timeout", "pytest-xdist"),
+        ],
     },
 )
