@@ -44,6 +44,7 @@ copies and pipeline stages without statistics pass empty lists.
     objective/NAME            token mean of a statistic named in `extra`
     train/NAME                keyword arguments of `finish`: train/loss, train/grad_norm, train/lr
     seconds/NAME              wall-clock of this rank
+    seconds/cpu               CPU time of this rank's process and of those it started, over the step
 
 Where a teacher's server tells the sampled token alone, kl/trajectory and kl/turn are sums of kl/sampled, an estimate of
 the reverse KL, and kl/token is absent.

@@ -18,9 +18,11 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from megatron_tcod.assembly import Assembly, assemble
 from megatron_tcod.config import Config, load_config, log_to_console, run_entry_point, take_switch, to_dict, to_toml
@@ -56,6 +58,8 @@ class PhaseClock:
     `on_enter` is told each phase as it begins.
     """
 
+    _cpu = 0.0
+
     def __init__(self, on_enter: Callable[[str], None]) -> None:
         self._on_enter = on_enter
         self._seconds: dict[str, float] = {}
@@ -73,10 +77,20 @@ class PhaseClock:
         return call
 
     def take(self) -> dict[str, float]:
-        now = time.perf_counter()
-        seconds, self._seconds = {**self._seconds, "step": now - self._since}, {}
-        self._since = now
+        now, cpu = time.perf_counter(), cpu_seconds()
+        seconds, self._seconds = {**self._seconds, "step": now - self._since, "cpu": cpu - self._cpu}, {}
+        self._since, self._cpu = now, cpu
         return seconds
+
+
+def cpu_seconds() -> float:
+    """CPU time so far of this process and all that it started, ended ones included: games and servers cost as well."""
+    ended = os.times()
+    alive = 0.0
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it ended meanwhile
+            alive += sum(child.cpu_times()[:2])
+    return time.process_time() + alive + ended.children_user + ended.children_system
 
 
 class RunRecords:

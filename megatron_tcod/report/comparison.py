@@ -105,7 +105,8 @@ def pairs(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def costs(run: Run) -> dict[str, Any]:
     """Seconds by phase (what no phase accounts for is `other`) and tokens by kind, summed over the run."""
-    keys = sorted({key for record in run.steps for key in record if key.startswith("seconds/")} - {"seconds/step"})
+    no_phases = {"seconds/step", "seconds/cpu"}
+    keys = sorted({key for record in run.steps for key in record if key.startswith("seconds/")} - no_phases)
     phases = {key.removeprefix("seconds/"): total for key in keys if (total := run.total(key))}
     wall = run.total("seconds/step")
     if wall is not None and wall > sum(phases.values()):
