@@ -1,5 +1,6 @@
 """The study by one command: `python examples/study/run.py --quick`, `--full`, or `--grid FILE`.
 
+    bash examples/study/run.sh --full                             # from a clean clone: makes the environment first
     python examples/study/run.py --full --page docs/study.md      # and write the page of the repository
     python examples/study/run.py --full --dry-run                 # check every run's settings, say what would run
     python examples/study/run.py --grid examples/study/paper.toml --dry-run
@@ -53,8 +54,8 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def dry_run(study: Study, jobs: list[Job], out: Path) -> None:
-    """Resolve the settings of every run as its program will, and say what there is to do."""
+def check_jobs(jobs: list[Job]) -> None:
+    """Resolve the settings of every kind of run as its program will, before hours go into the first ones."""
     checked = set()
     for job in jobs:
         for command in job.commands:
@@ -63,6 +64,10 @@ def dry_run(study: Study, jobs: list[Job], out: Path) -> None:
             if command.settings and kind not in checked:
                 checked.add(kind)
                 check_settings(job.name, command)
+
+
+def show_plan(study: Study, jobs: list[Job], out: Path) -> None:
+    """What there is to do, and one command line."""
     kinds = Counter("cells" if job.cell else job.name.split("/")[1] for job in jobs)
     say(f"{study.title}: {', '.join(f'{count} x {kind}' for kind, count in kinds.items())}, into {out}")
     for job in jobs:
@@ -89,8 +94,9 @@ def main(argv: list[str]) -> int:
     study = read_grid(given.grid)
     out = given.out or Path(study.out)
     jobs = plan(study, given.grid, out)
+    check_jobs(jobs)
     if given.dry_run:
-        dry_run(study, jobs, out)
+        show_plan(study, jobs, out)
         return 0
     runner = Runner(jobs, out=out, launch=study.launch, num_slots=given.jobs or study.jobs, say=say)
     try:
