@@ -10,9 +10,10 @@ episodes forgets the first and finds differences between runs of one method. Her
 
     SE^2 = (MS_seeds + MS_tasks) / (S T)            df = (MS_seeds + MS_tasks)^2 / (MS_seeds^2/(S-1) + MS_tasks^2/(T-1))
 
-with the mean squares of a two-way layout without replication: the min F' of Clark (1973), which never understates the
-error. Its p needs at least two seeds. The interval is Efron's (1987) BCa over both factors as two samples, so that the
-acceleration comes from the jackknife over either; with few seeds it is a description rather than a guarantee.
+with the mean squares of a two-way layout without replication: the min F' of Clark (1973), whose error is too large rather
+than too small (the residual counts twice). Its p needs at least two seeds. The interval is Efron's (1987) BCa over both
+factors as two samples, so that the acceleration comes from the jackknife over either; with few seeds it is a description
+rather than a guarantee.
 
 One run a method is `significance.py`'s case.
 """

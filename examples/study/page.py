@@ -111,16 +111,16 @@ def findings_text(results: Results, rows: Sequence[Comparison]) -> str:
 def setting_text(results: Results) -> str:
     seeds = results.study["seeds"]
     lines = [
-        f"Seeds {seeds[0]} to {seeds[-1]} ({len(seeds)}). All methods of one seed, size and world begin at one start and end "
-        f"after the same number of optimizer steps with the same number of episodes a step. `full` is vanilla on-policy "
-        f"distillation; SFT imitates the demonstrations that B2F replays, which are the teacher's own successes."
+        f"Seeds {seeds[0]} to {seeds[-1]} ({len(seeds)}). All methods of one seed, size and world begin at one start and "
+        f"take the same number of episodes a step. `full` is vanilla on-policy distillation; SFT imitates the demonstrations "
+        f"that B2F replays, which are the teacher's own successes."
     ]
     for name, world in results.worlds.items():
         lines.append(f"**{name}**")
         teacher, settings = world.get("teacher"), world["settings"]
         facts = [f"{role}: {shape_text(model)}" for role, model in world["models"].items()]
         facts.append(
-            f"{settings['training'].get('train_iters')} steps of {settings['rollout'].get('rollout_batch_size')} episodes, "
+            f"{steps_text(results, name)} steps of {settings['rollout'].get('rollout_batch_size')} episodes, "
             f"horizon {settings['rollout'].get('max_turns')} turns, window grows a turn every "
             f"{settings['curriculum'].get('eta')} step(s)"
         )
@@ -138,6 +138,17 @@ def setting_text(results: Results) -> str:
         ]
         lines.append("\n".join(f"* {fact}" for fact in facts))
     return "\n\n".join(lines)
+
+
+def steps_text(results: Results, world: str) -> str:
+    """`40`, or `250 (sft 429)` where a method takes another number."""
+    here = [group for group in results.groups if group.world == world]
+    lasts = {group.method: cell["points"][-1]["step"] for group in here for cell in group.cells.values()}
+    if not lasts:
+        return "no finished"
+    usual = max(set(lasts.values()), key=list(lasts.values()).count)
+    others = ", ".join(f"{method} {steps}" for method, steps in lasts.items() if steps != usual)
+    return f"{usual} ({others})" if others else str(usual)
 
 
 def shape_text(shape: dict[str, int] | str) -> str:

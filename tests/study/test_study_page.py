@@ -126,6 +126,17 @@ def test_the_page_follows_from_the_file_alone(results_path, tmp_path):
     assert "3 comparisons were planned" in first and "corrected for the 3 tests" in first
 
 
+def test_a_method_that_takes_other_steps_is_named(lines, results_path, tmp_path):
+    write_page(results_path, tmp_path / "study.md")
+    assert "* 40 steps of 16 episodes" in (tmp_path / "study.md").read_text()
+    for line in lines:
+        if line.get("curriculum") == "sft":
+            line["points"][-1]["step"] = 80
+    results_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_page(results_path, tmp_path / "study.md")
+    assert "* 40 (sft 80) steps of 16 episodes" in (tmp_path / "study.md").read_text()
+
+
 def test_an_unfinished_study_says_so(lines, tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines if line.get("curriculum") != "f2b"))
