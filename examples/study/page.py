@@ -29,7 +29,6 @@ from study.analysis import (  # noqa: E402
     p_text,
 )
 from study.figures import figures  # noqa: E402
-from study.grid import method_name  # noqa: E402
 from study.results import read_results  # noqa: E402
 
 
@@ -260,7 +259,7 @@ def _outcomes(results: Results) -> dict[str, int]:
 def settings_text(results: Results) -> str:
     blocks = []
     for name, world in results.worlds.items():
-        lines = [f"# {name}, every {method_name('full', 'OBJECTIVE')} run; other methods differ in what their names say"]
+        lines = [f"# {name}: what all of its runs share, but for the number of steps where the text names another"]
         for part, settings in world["settings"].items():
             lines += ["", f"[{part}]", *(f"{key} = {toml_value(value)}" for key, value in settings.items())]
         blocks.append("```toml\n" + "\n".join(lines) + "\n```")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from study import rundir
-from study.grid import SFT, Cell, Study
+from study.grid import SFT, Cell, Settings, Study
 from study.plan import Job, Paths, start_name
 from study.runner import read_records
 
@@ -178,13 +178,21 @@ def _world_line(world: Any, paths: Paths, jobs: Sequence[Job]) -> dict[str, Any]
     line["warmstart"] = world.warmstart
     line["teacher_settings"] = world.teacher.settings
     cell = next(job for job in jobs if job.cell and job.cell.world == world.name and job.cell.curriculum != SFT)
-    settings = {part: dict(table) for part, table in cell.commands[0].settings.items() if isinstance(table, dict)}
-    settings.pop("model", None)
-    settings["training"].pop("save", None)
-    settings["environment"] = {**settings.get("environment", {})}
-    options = settings["environment"].get("env_options", {})
-    settings["environment"]["env_options"] = {key: value for key, value in options.items() if key != "root"}
-    return line | {"settings": settings}
+    return line | {"settings": shared_settings(cell.commands[0].settings)}
+
+
+def shared_settings(settings: Settings) -> Settings:
+    """A run's settings without what names a method, a seed or a place on this disk."""
+    own = {("training", "save"), ("training", "seed"), ("objective", "objective"), ("curriculum", "curriculum")}
+    own |= {("curriculum", "demonstrations")}
+    shared: Settings = {}
+    for part, values in settings.items():
+        if part != "model" and isinstance(values, dict):
+            shared[part] = {key: value for key, value in values.items() if (part, key) not in own}
+    environment = shared.setdefault("environment", {})
+    options = environment.get("env_options", {})
+    environment["env_options"] = {key: value for key, value in options.items() if key != "root"}
+    return {part: values for part, values in shared.items() if values}
 
 
 def _cell_line(cell: Cell, paths: Paths, start: dict[str, Any], cost: dict[str, float]) -> dict[str, Any]:
