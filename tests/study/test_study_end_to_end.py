@@ -122,6 +122,7 @@ def test_a_study_runs_from_a_grid_to_a_page_and_repeats_itself(household_models,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_games_models_teacher_and_warm_start_are_made_where_the_grid_gives_shapes(tmp_path):
     pytest.importorskip("alfworld")
     (tmp_path / "grid.toml").write_text(MADE_HERE)
@@ -135,6 +136,7 @@ def test_games_models_teacher_and_warm_start_are_made_where_the_grid_gives_shape
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_a_study_that_is_killed_again_and_again_has_the_figures_of_one_that_was_not(household_models, tmp_path):
     grid = write_grid(tmp_path / "grid.toml", household_models, seeds=[1], curricula=["full", "f2b"])
     whole = start(grid, tmp_path / "whole")
