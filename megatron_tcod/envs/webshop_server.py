@@ -7,7 +7,7 @@ It imports `web_agent_site` from the folder given, loads catalogue, search index
 nothing of this project is imported. The routes, JSON both ways (`envs/webshop.py` is the client):
 
     GET  /health                     {"status": "healthy"}
-    GET  /metadata                   number of goals, a fingerprint of them, observation mode
+    GET  /metadata                   number of goals and a fingerprint of them, what is open
     GET  /goals?start=0&stop=100     digest and category of each goal
     GET  /oracle?goal=17             the product that the goal was written for, and its options
     POST /reset {"episode_id", "goal"}                           {"observation": {...}, "reward": 0.0, "done": false}
@@ -130,6 +130,8 @@ class Shop:
             "num_goals": len(self._goals),
             "fingerprint": self._fingerprint,
             "observation_mode": self._options.observation_mode,
+            "num_episodes": len(self._episodes),
+            "num_sessions": len(self._server.user_sessions),
         }
 
     def goals(self, start, stop):

@@ -1,10 +1,12 @@
-"""The games that the ALFWorld tests share: two of each family, written once a session by the project's own tool."""
+"""What tests of environments share: ALFWorld games and a shop's catalogue, written once a session by the project's own
+tools, and a server of the household."""
 
 from __future__ import annotations
 
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,3 +24,23 @@ def alfworld_games(tmp_path_factory: pytest.TempPathFactory) -> Path:
     counts = ["--train", "12", "--valid-seen", "0", "--valid-unseen", "1"]
     subprocess.run([sys.executable, str(TOOL), "--out", str(root), *counts], check=True, timeout=500)
     return root
+
+
+@pytest.fixture(scope="session")
+def small_shop(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Options for `webshop` that launch the project's server over the small shop and a catalogue of 1,000 products."""
+    data = tmp_path_factory.mktemp("webshop") / "catalogue"
+    tool = Path(__file__).parents[2] / "tools" / "make_webshop_catalogue.py"
+    subprocess.run([sys.executable, str(tool), "--out", str(data), "--products", "1000"], check=True, timeout=60)
+    return {"webshop": str(Path(__file__).parent / "small_webshop"), "python": sys.executable, "data": str(data)}
+
+
+@pytest.fixture(scope="session")
+def remote_household() -> Iterator[dict[str, str]]:
+    """Options for `remote` with a server of the built-in household; skips where aiohttp is not installed."""
+    if importlib.util.find_spec("aiohttp") is None:
+        pytest.skip("aiohttp is not installed: pip install 'megatron_tcod[dev]'")
+    from household_server import FIELDS, serve
+
+    with serve() as url:
+        yield {"url": url, **FIELDS}

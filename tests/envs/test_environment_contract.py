@@ -12,9 +12,12 @@ import pytest
 
 from megatron_tcod.envs import ENVS, check_env_options, load_env
 from megatron_tcod.envs.base import Step
+from megatron_tcod.envs.household import Household
 from megatron_tcod.trajectory import Demonstration, Task, decode, encode
 
 TRAIN_SPLIT = "train"
+
+WITHOUT_EXPERT = ("remote",)
 
 HOSTILE = ["", "   ", "\n", "{}", "%s{0}", "\x00", "go", "<|im_end|>", "\ud800", "Ω≈ç√ 🍎", "x" * 100_000]
 
@@ -25,8 +28,30 @@ def family(request):
     options = {}
     if request.param == "alfworld":
         options["root"] = str(request.getfixturevalue("alfworld_games"))
+    elif request.param == "webshop":
+        options |= request.getfixturevalue("small_shop")
+    elif request.param == "remote":
+        options |= request.getfixturevalue("remote_household")
     kind = load_env(request.param)
     return request.param, kind, kind.tasks(TRAIN_SPLIT, **options)[:3], options
+
+
+def solution(family, task: Task) -> list[str]:
+    """Actions that solve a task: the expert's, or where there is none those for what the server plays."""
+    name, kind, _, options = family
+    if name in WITHOUT_EXPERT:
+        from household_server import task_of_seed  # it needs aiohttp, which the fixture has looked for
+
+        return [turn.action for turn in Household.expert(task_of_seed(task.payload["reset"]["seed"]), seed=0).turns]
+    return [turn.action for turn in kind.expert(task, seed=0, **options).turns]
+
+
+def skip_without_expert(family) -> None:
+    name, kind, tasks, options = family
+    if name in WITHOUT_EXPERT:
+        with pytest.raises(ValueError, match=f"env {name} has no expert"):
+            kind.expert(tasks[0], seed=0, **options)
+        pytest.skip(f"{name} has no expert, and says so")
 
 
 def play(family, task: Task, actions: list[str]) -> list[Step]:
@@ -49,6 +74,7 @@ def test_tasks_are_plain_data_of_this_environment_in_a_fixed_order(family):
 
 
 def test_expert_solves_and_its_record_replays_exactly(family):
+    skip_without_expert(family)
     _, kind, tasks, options = family
     for task in tasks:
         demonstration = kind.expert(task, seed=0, **options)
@@ -63,7 +89,16 @@ def test_expert_solves_and_its_record_replays_exactly(family):
         assert decode(encode(demonstration), Demonstration) == demonstration
 
 
+def test_what_solves_a_task_ends_it_with_a_reward_in_any_order_of_tasks(family):
+    _, _, tasks, _ = family
+    for task in reversed(tasks):
+        steps = play(family, task, solution(family, task))
+        assert [step.done for step in steps] == [False] * (len(steps) - 1) + [True]
+        assert steps[-1].reward > 0 and steps[-1].info["success"] is True
+
+
 def test_expert_with_mistakes_marks_them_and_still_succeeds(family):
+    skip_without_expert(family)
     _, kind, tasks, options = family
     demonstrations = [kind.expert(task, seed=1, mistake_rate=0.3, **options) for task in tasks]
     assert all(demonstration.success for demonstration in demonstrations)
@@ -73,7 +108,7 @@ def test_expert_with_mistakes_marks_them_and_still_succeeds(family):
 
 def test_two_episodes_of_one_task_do_not_share_anything(family):
     _, kind, tasks, options = family
-    actions = [turn.action for turn in kind.expert(tasks[0], seed=0, **options).turns]
+    actions = solution(family, tasks[0])
     alone = play(family, tasks[0], actions)
     first, second = kind.make(tasks[0], **options), kind.make(tasks[0], **options)
     seen = [first.reset(), second.reset()]
@@ -94,7 +129,7 @@ def test_hostile_actions_are_refused_and_the_episode_goes_on(family):
         step = episode.step(action)
         assert step.info["accepted"] is False and not step.done and step.reward == 0 and step.observation
     episode.close()
-    assert play(family, tasks[0], [turn.action for turn in kind.expert(tasks[0], seed=0, **options).turns])[-1].done
+    assert play(family, tasks[0], solution(family, tasks[0]))[-1].done
 
 
 def test_close_may_come_early_and_twice(family):
@@ -132,7 +167,8 @@ def test_options_are_one_set_that_tasks_make_and_expert_all_take(family):
     episode = kind.make(tasks[0], **every)
     first = episode.reset()
     episode.close()
-    assert kind.expert(tasks[0], seed=0, **every).turns[0].observation == first
+    if name not in WITHOUT_EXPERT:
+        assert kind.expert(tasks[0], seed=0, **every).turns[0].observation == first
 
 
 def test_unknown_option_suggests_the_nearest():
