@@ -7,7 +7,8 @@ A launched server (`webshop_server.py`) runs in the Python that WebShop is insta
 listens on a free port of 127.0.0.1, and ends when its standard input closes: so also when this process is killed. It
 loads the catalogue once for all episodes of this process. Its death ends the episodes that it held as
 `EnvironmentFault`; the next `link()` launches another, which has the same goals because their prices are drawn from the
-same seed. A launch that fails is a ValueError with the server's last words.
+same seed. A launch that fails is a ValueError with the server's last words, but `EnvironmentFault` where the server has
+run before, `MAX_FAILED_LAUNCHES` times in a row at most: something may have killed it while it loaded.
 
 Every process launches its own; with many ranks on a node and a large catalogue start one by hand and give its url.
 """
@@ -38,6 +39,7 @@ INSTALL = "install it as its README says (github.com/princeton-nlp/WebShop), in 
 OBSERVATION_MODES = ("text_rich", "text")
 CATALOGUE_SIZES = (0, 100, 1000, 100_000)
 MAX_LAST_WORDS = 2000
+MAX_FAILED_LAUNCHES = 3
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +118,8 @@ class LaunchedShop:
         self._process: subprocess.Popen[bytes] | None = None
         self._link: HttpLink | None = None
         self._stderr = tempfile.TemporaryFile()
-        self.num_launches = 0
+        self.num_launches = self._num_failed = 0
+        self._has_run = False
         atexit.register(self.stop)
 
     @property
@@ -124,7 +127,7 @@ class LaunchedShop:
         return self._process.pid if self._process else None
 
     def link(self) -> HttpLink:
-        """A link to the running server. ValueError with its last words where it does not start."""
+        """A link to the running server. ValueError or `EnvironmentFault` with its last words where it does not start."""
         with self._lock:
             if self._process is not None and self._process.poll() is not None:
                 logger.warning("webshop server ended with %s, launching another", self._process.returncode)
@@ -173,8 +176,11 @@ class LaunchedShop:
             if not chunk:
                 self._end()
                 why = "ended" if is_ready else f"was not ready within {self._options.start_deadline_s:g} s"
-                raise ValueError(f"the webshop server {why}{self._last_words()}; it was launched as {' '.join(command)}")
+                self._num_failed += 1
+                kind = EnvironmentFault if self._has_run and self._num_failed < MAX_FAILED_LAUNCHES else ValueError
+                raise kind(f"the webshop server {why}{self._last_words()}; it was launched as {' '.join(command)}")
             line += chunk
+        self._has_run, self._num_failed = True, 0
         return HttpLink(f"http://127.0.0.1:{json.loads(line)['port']}")
 
     def _end(self) -> None:
