@@ -60,7 +60,8 @@ class ServerAddress:
         except ValueError as error:
             raise ValueError(f"url {url!r}: {error}; expected {schemes[0]}://host:port") from error
         has_more = parts.query or parts.fragment or parts.username is not None
-        if parts.scheme not in schemes or not parts.hostname or has_more or not url.isascii() or not url.isprintable():
+        is_plain = url.isascii() and url.isprintable() and " " not in url
+        if parts.scheme not in schemes or not parts.hostname or has_more or not is_plain:
             raise ValueError(f"url {url!r} is not one of a server; expected {schemes[0]}://host:port, without a query")
         standard = 443 if parts.scheme in ("https", "wss") else 80
         return cls(parts.scheme, parts.hostname, port or standard, parts.path.rstrip("/"))
