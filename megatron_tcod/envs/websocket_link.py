@@ -8,6 +8,9 @@ The part of RFC 6455 that a client needs, on the standard library: handshake, ma
 (in fragments too), pings answered, a close frame understood. Deadlines, bounds and faults are those of `http_link.py`; a
 fault closes the connection, since what comes next on it would answer another question. Used by one thread at a time.
 
+Servers ping, and hang up on who does not answer for some seconds (uvicorn: twenty), while a student may think for
+longer. So one thread of the process looks after all open links between their exchanges, every `ATTENDANCE_S`.
+
 No extensions (so nothing is compressed), no binary messages, no subprotocols, no redirects.
 """
 
@@ -17,8 +20,11 @@ import base64
 import hashlib
 import json
 import os
+import select
 import socket
+import threading
 import time
+import weakref
 from contextlib import suppress
 from typing import Any
 
@@ -32,6 +38,7 @@ CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 FINAL, MASKED = 0x80, 0x80
 MAX_HANDSHAKE_BYTES = 1 << 16
 CLOSE_DEADLINE_S = 1.0
+ATTENDANCE_S = 1.0
 
 
 class WebSocketLink:
@@ -41,6 +48,8 @@ class WebSocketLink:
         self.address = ServerAddress.parse(url, ("http", "https", "ws", "wss"))
         self._max_body_bytes = max_body_bytes
         self._received = bytearray()
+        self._lock = threading.Lock()
+        self._lost = ""
         what = f"WebSocket {url.rstrip('/')}{path}"
         end = time.monotonic() + deadline_s
         try:
@@ -53,11 +62,36 @@ class WebSocketLink:
         except EnvironmentFault:
             self.drop()
             raise
+        ATTENDANT.add(self)
 
     def exchange(self, message: dict[str, Any], *, what: str, deadline_s: float) -> dict[str, Any]:
         """Send a JSON object and return the one that answers it."""
+        with self._lock:
+            return self._exchange(message, what, deadline_s)
+
+    def attend(self) -> None:
+        """Answer pings that came between exchanges; whatever else came ends the session."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            while self._socket is not None and select.select([self._socket], [], [], 0)[0]:
+                with guarded(
+                    self._socket, end=time.monotonic() + ATTENDANCE_S, what="idle", deadline_s=ATTENDANCE_S
+                ):
+                    opcode, _, payload = self._receive_frame("idle")
+                    if opcode == PING:
+                        self._send(PONG, payload)
+                    elif opcode != PONG:
+                        raise EnvironmentFault(f"idle: a WebSocket frame of kind {opcode}: {quote(payload)}")
+        except EnvironmentFault as fault:
+            self._lost = f"; it was lost before: {fault}"
+            self.drop()
+        finally:
+            self._lock.release()
+
+    def _exchange(self, message: dict[str, Any], what: str, deadline_s: float) -> dict[str, Any]:
         if self._socket is None:
-            raise EnvironmentFault(f"{what}: the connection is closed")
+            raise EnvironmentFault(f"{what}: the connection is closed{self._lost}")
         end = time.monotonic() + deadline_s
         try:
             with guarded(self._socket, end=end, what=what, deadline_s=deadline_s):
@@ -70,14 +104,19 @@ class WebSocketLink:
 
     def close(self, farewell: bytes = b"") -> None:
         """End the session, with a last message where the server expects one; a server that is gone does not matter."""
-        if self._socket is not None:
-            end = time.monotonic() + CLOSE_DEADLINE_S
-            with suppress(EnvironmentFault):
-                with guarded(self._socket, end=end, what="close", deadline_s=CLOSE_DEADLINE_S):
-                    if farewell:
-                        self._send(TEXT, farewell)
-                    self._send(CLOSE, (1000).to_bytes(2, "big"))
-        self.drop()
+        with self._lock:
+            if self._socket is not None:
+                end = time.monotonic() + CLOSE_DEADLINE_S
+                with suppress(EnvironmentFault):
+                    with guarded(self._socket, end=end, what="close", deadline_s=CLOSE_DEADLINE_S):
+                        if farewell:
+                            self._send(TEXT, farewell)
+                        self._send(CLOSE, (1000).to_bytes(2, "big"))
+            self.drop()
+
+    @property
+    def is_open(self) -> bool:
+        return self._socket is not None
 
     def drop(self) -> None:
         """Close the connection without a word."""
@@ -163,3 +202,31 @@ class WebSocketLink:
         repeated = (mask * (size // 4 + 1))[:size]
         masked = (int.from_bytes(payload, "big") ^ int.from_bytes(repeated, "big")).to_bytes(size, "big")
         self._socket.sendall(bytes([FINAL | opcode]) + length + mask + masked)
+
+
+class Attendant:
+    """The thread that looks after open links. It holds none of them alive, and ends with the process."""
+
+    def __init__(self) -> None:
+        self._links: weakref.WeakSet[WebSocketLink] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def add(self, link: WebSocketLink) -> None:
+        with self._lock:
+            self._links.add(link)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="websocket-attendant", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(ATTENDANCE_S)
+            with self._lock:
+                links = [link for link in self._links if link.is_open]
+            for link in links:
+                link.attend()
+            del links
+
+
+ATTENDANT = Attendant()

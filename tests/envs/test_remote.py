@@ -49,6 +49,28 @@ def test_remote_episode_equals_the_local_one_step_by_step(remote_household, tran
     assert held["episodes"] == 0, "closed episodes are told to the server"
 
 
+def test_session_outlives_a_student_that_thinks_for_longer_than_the_server_waits_for_pongs(remote_household):
+    task = Remote.tasks("train", count=1, **remote_household)[0]
+    episode = Remote.make(task, **remote_household)
+    first = episode.reset()
+    time.sleep(7)  # two heartbeats of the server and the time it waits for an answer
+    assert episode.step("look").observation and first
+    episode.close()
+
+
+def test_session_that_the_server_ends_meanwhile_is_a_fault_that_says_when():
+    def talk(connection: socket.socket, head: bytes) -> None:
+        websocket(frame(OBSERVATION), frame(struct.pack(">H", 1012) + b"restart", 8))(connection, head)
+
+    with script(talk) as server:
+        episode = RemoteEpisode({}, url=server.url, observation_field="text")
+        episode.reset()
+        time.sleep(2.5)
+        with pytest.raises(EnvironmentFault, match="the connection is closed; it was lost before: idle: .*restart"):
+            episode.step("look")
+        episode.close()
+
+
 def test_splits_share_no_seed_and_a_file_names_tasks_of_its_own(remote_household, tmp_path):
     seeds = {
         split: [task.payload["reset"]["seed"] for task in Remote.tasks(split, **remote_household)]
