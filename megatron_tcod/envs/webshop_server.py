@@ -182,7 +182,7 @@ class Shop:
         if episode["is_done"]:
             raise Refused(409, f"episode {episode_id!r} is over")
         episode["used"] = time.monotonic()
-        accepted, reward = self._understands(episode["env"], command), 0.0
+        accepted, reward = self._understands(command, episode["actions"]["clickables"]), 0.0
         if accepted:
             try:
                 episode["page"], reward, episode["is_done"], _ = episode["env"].step(command)
@@ -197,19 +197,19 @@ class Shop:
             forget_sessions(self._server, episode["prefix"])
         return {}
 
-    def _understands(self, env, command):
+    def _understands(self, command, clickables):
         """Whether WebShop would do anything; it ignores the rest without a word."""
         name, argument = self._parse_action(command)
         if not argument:
             return False
         argument = argument.lower()
         if name == "search":
-            return bool(argument.strip()) and argument.split(" ")[0] not in DEVELOPER_TAGS
-        return name == "click" and argument != "search" and argument in env.get_available_actions()["clickables"]
+            return argument.split(" ")[0] not in DEVELOPER_TAGS
+        return name == "click" and argument != "search" and argument in clickables
 
     def _answer(self, episode, accepted, reward=0.0, **more):
         """What the client sees. A label that WebShop's own grammar cannot click, one with brackets, is not listed."""
-        actions = episode["env"].get_available_actions()
+        actions = episode["actions"] = episode["env"].get_available_actions()
         clicks = [label for label in actions["clickables"] if self._parse_action(f"click[{label}]") == ("click", label)]
         observation = {
             "text": episode["page"],
