@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import select
 import socket
 import ssl
 import threading
@@ -162,6 +163,13 @@ def guarded(connection: socket.socket, *, end: float, what: str, deadline_s: flo
         timer.cancel()
     if has_passed.is_set():  # an answer that the cut shortened is none
         raise NoAnswer(f"{what}: no answer within {deadline_s:g} s")
+
+
+def is_readable(descriptor: int, timeout_s: float) -> bool:
+    """Whether there is something to read, or an end, within the time. Unlike `select` it takes any descriptor."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(1000 * timeout_s))
 
 
 def json_object(body: bytes, what: str) -> dict[str, Any]:

@@ -20,7 +20,6 @@ import functools
 import json
 import logging
 import os
-import select
 import shutil
 import signal
 import subprocess
@@ -32,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tcod.envs.base import EnvironmentFault
-from megatron_tcod.envs.http_link import HttpLink, NoAnswer
+from megatron_tcod.envs.http_link import HttpLink, NoAnswer, is_readable
 
 SERVER = Path(__file__).with_name("webshop_server.py")
 INSTALL = "install it as its README says (github.com/princeton-nlp/WebShop), in a Python of its own"
@@ -171,7 +170,7 @@ class LaunchedShop:
         end = time.monotonic() + self._options.start_deadline_s
         line = b""
         while not line.endswith(b"\n"):
-            is_ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, end - time.monotonic()))
+            is_ready = is_readable(self._process.stdout.fileno(), max(0.0, end - time.monotonic()))
             chunk = os.read(self._process.stdout.fileno(), 4096) if is_ready else b""
             if not chunk:
                 self._end()

@@ -20,7 +20,6 @@ import base64
 import hashlib
 import json
 import os
-import select
 import socket
 import threading
 import time
@@ -29,7 +28,15 @@ from contextlib import suppress
 from typing import Any
 
 from megatron_tcod.envs.base import EnvironmentFault
-from megatron_tcod.envs.http_link import CHUNK_BYTES, MAX_BODY_BYTES, ServerAddress, guarded, json_object, quote
+from megatron_tcod.envs.http_link import (
+    CHUNK_BYTES,
+    MAX_BODY_BYTES,
+    ServerAddress,
+    guarded,
+    is_readable,
+    json_object,
+    quote,
+)
 
 ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 """RFC 6455, section 1.3."""
@@ -74,7 +81,7 @@ class WebSocketLink:
         if not self._lock.acquire(blocking=False):
             return
         try:
-            while self._socket is not None and select.select([self._socket], [], [], 0)[0]:
+            while self._socket is not None and is_readable(self._socket.fileno(), 0.0):
                 with guarded(
                     self._socket, end=time.monotonic() + ATTENDANCE_S, what="idle", deadline_s=ATTENDANCE_S
                 ):

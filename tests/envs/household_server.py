@@ -66,7 +66,7 @@ class Server:
         return web.json_response({})
 
     async def session(self, request: web.Request) -> web.WebSocketResponse:
-        socket = web.WebSocketResponse(heartbeat=3.0)  # hangs up where a ping is not answered within half of that
+        socket = web.WebSocketResponse(heartbeat=6.0)  # hangs up where a ping is not answered within half of that
         await socket.prepare(request)
         episode = None
         async for message in socket:

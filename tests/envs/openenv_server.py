@@ -68,5 +68,5 @@ if __name__ == "__main__":
     app = create_fastapi_app({"sessions": Sums, "stateless": KeptSums}[sys.argv[1]], Say, Page, max_concurrent_envs=4)
     listener = socket.create_server(("127.0.0.1", 0))
     print(listener.getsockname()[1], flush=True)
-    config = uvicorn.Config(app, log_level="warning", ws_ping_interval=2.0, ws_ping_timeout=2.0)
+    config = uvicorn.Config(app, log_level="warning", ws_ping_interval=4.0, ws_ping_timeout=4.0)
     uvicorn.Server(config).run(sockets=[listener])

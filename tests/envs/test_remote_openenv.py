@@ -95,7 +95,7 @@ def test_unknown_action_field_is_a_fault_that_names_the_right_one(options):
 def test_session_outlives_the_servers_ping_timeout(options):
     episode = Remote.make(list_tasks(options, 1)[0], **options)
     episode.reset()
-    time.sleep(7)
+    time.sleep(10)
     assert episode.step("add 1").observation == "Sum 1."
     episode.close()
 

@@ -34,7 +34,7 @@ def goals(small_shop) -> list[Task]:
 @pytest.fixture
 def own_shop(small_shop):
     """Options that no other test has, hence a server of the test's own, ended with it."""
-    options = {**small_shop, "memory_gb": 100.0 + os.urandom(2)[0], "step_deadline_s": 1.0}
+    options = {**small_shop, "memory_gb": 100.0 + os.urandom(2)[0]}
     shop = shop_of(ShopOptions(**options))
     yield options, shop
     shop.stop()
@@ -135,7 +135,7 @@ def test_server_that_hangs_or_dies_is_replaced_and_serves_the_same_goals(own_sho
     options, shop = own_shop
     before = WebShop.expert(goals[0], seed=0, **options)
     pid = shop.pid
-    episode = WebShop.make(goals[0], **options)
+    episode = WebShop.make(goals[0], step_deadline_s=1.0, **options)
     episode.reset()
     with pytest.raises(EnvironmentFault, match=words):
         episode.step(command)
