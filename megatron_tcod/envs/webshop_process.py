@@ -39,6 +39,8 @@ OBSERVATION_MODES = ("text_rich", "text")
 CATALOGUE_SIZES = (0, 100, 1000, 100_000)
 MAX_LAST_WORDS = 2000
 MAX_FAILED_LAUNCHES = 3
+DEATH_S = 0.2
+"""How long after its connections a dying server may be seen alive."""
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +118,7 @@ class LaunchedShop:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._link: HttpLink | None = None
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile("a+b")  # reading the end does not move where the server writes
         self.num_launches = self._num_failed = 0
         self._has_run = False
         atexit.register(self.stop)
@@ -128,8 +130,8 @@ class LaunchedShop:
     def link(self) -> HttpLink:
         """A link to the running server. ValueError or `EnvironmentFault` with its last words where it does not start."""
         with self._lock:
-            if self._process is not None and self._process.poll() is not None:
-                logger.warning("webshop server ended with %s, launching another", self._process.returncode)
+            if self._process is not None and has_ended(self._process.pid):
+                logger.warning("the webshop server ended, launching another%s", self._last_words())
                 self._end()
             if self._link is None:
                 self._link = self._launch()
@@ -143,10 +145,12 @@ class LaunchedShop:
             if isinstance(fault, NoAnswer):
                 self._end()
                 return EnvironmentFault(f"{fault}; ended the webshop server{self._last_words()}")
-            try:
-                self._process.wait(0.2)  # the connection is gone a moment before the process
-            except subprocess.TimeoutExpired:
-                return fault
+            end = time.monotonic() + DEATH_S
+            while not has_ended(self._process.pid):
+                if time.monotonic() > end:
+                    return fault
+                time.sleep(0.01)
+            self._end()
             return EnvironmentFault(f"{fault}; the webshop server ended{self._last_words()}")
 
     def stop(self) -> None:
@@ -157,8 +161,7 @@ class LaunchedShop:
     def _launch(self) -> HttpLink:
         command = self._options.command()
         self.num_launches += 1
-        self._stderr.seek(0)
-        self._stderr.truncate()
+        self._stderr.truncate(0)
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -186,10 +189,7 @@ class LaunchedShop:
         process, self._process, self._link = self._process, None, None
         if process is None:
             return
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it ended by itself, with all it started
-            pass
+        os.killpg(process.pid, signal.SIGKILL)  # not waited for yet, so the number is still its own
         process.wait()
         process.stdin.close()
         process.stdout.close()
@@ -198,6 +198,11 @@ class LaunchedShop:
         self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - MAX_LAST_WORDS))
         text = self._stderr.read().decode(errors="replace").strip()
         return f"; its last words: {text}" if text else ""
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a child ended; it is left to be waited for, so that its number is not given to another."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 Shop = AttachedShop | LaunchedShop
