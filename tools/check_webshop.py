@@ -39,7 +39,10 @@ def main() -> int:
     for split in SPLITS:
         tasks = WebShop.tasks(split, count=settings.goals, **options)
         start = time.monotonic()
-        played = [WebShop.expert(task, seed=0, mistake_rate=settings.mistake_rate, **options) for task in tasks]
+        played = [
+            WebShop.expert(task, seed=number, mistake_rate=settings.mistake_rate, **options)
+            for number, task in enumerate(tasks)
+        ]
         num_steps = sum(len(one.turns) for one in played)
         rewards = [replay(one, options)[1] for one in played]
         step_ms = 1000 * (time.monotonic() - start) / (2 * num_steps)

@@ -49,7 +49,7 @@ class Buyer:
 
     def __init__(self, *, asin: str, name: str, options: list[str]) -> None:
         self._asin, self._name, self._options = asin.lower(), name, options
-        self._num_searches, self._page_number = 0, 1
+        self._num_exhausted, self._page_number = 0, 1
         self._is_open = False
         self._chosen: set[str] = set()
 
@@ -72,9 +72,9 @@ class Buyer:
         if not accepted:
             return
         if kind == "search":
-            self._num_searches += 1
             self._page_number, self._is_open = 1, False
         elif page.is_results:
+            self._num_exhausted += label == BACK_TO_SEARCH and self._page_number >= MAX_PAGES
             self._page_number += (label == NEXT_PAGE) - (label == PREVIOUS)
             self._is_open = label == self._asin
             self._chosen.clear()
@@ -85,11 +85,11 @@ class Buyer:
             self._chosen = self._chosen | {label} if is_wanted else set()
 
     def _query(self) -> str:
-        """The full name first, then halves of it; brackets would end the action."""
+        """The full name; where all its pages are exhausted, halves of it. Brackets would end the action."""
         words = self._name.replace("[", " ").replace("]", " ").split()
         half = max(1, len(words) // 2)
         variants = [words, words[:half], words[half:] or words]
-        return " ".join(variants[self._num_searches % len(variants)])
+        return " ".join(variants[self._num_exhausted % len(variants)])
 
     def _next_on_product(self, page: ShopPage) -> str:
         if not self._is_open:

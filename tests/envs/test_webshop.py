@@ -304,6 +304,19 @@ def test_buyer_opens_turns_back_and_chooses_again_after_a_mistake():
     assert buyer.act(product) == f"click[{BUY}]"
 
 
+def test_buyer_searches_for_less_only_when_all_pages_of_the_name_are_exhausted():
+    buyer = Buyer(asin="B000000001", name="Tarrow handy lantern blue", options=[])
+    search, results = ShopPage(True, ()), ShopPage(False, ("back to search", "next >", "b000000002"))
+    seen, page = [], search
+    for _ in range(2):
+        for _ in range(6):
+            seen.append(buyer.act(page))
+            buyer.observe(page, seen[-1], accepted=True)
+            page = search if seen[-1] == "click[back to search]" else results
+    assert seen[:6] == ["search[Tarrow handy lantern blue]", *["click[next >]"] * 4, "click[back to search]"]
+    assert seen[6:] == ["search[Tarrow handy]", *["click[next >]"] * 4, "click[back to search]"]
+
+
 def test_launched_shop_may_be_stopped_twice_and_before_it_started(small_shop):
     shop = LaunchedShop(ShopOptions(**small_shop))
     shop.stop()
