@@ -238,7 +238,7 @@ def replayable(config: Config, demonstrations: Sequence[Demonstration]) -> tuple
             logger.warning("%s is not written: its replay differs at %s", one.task.task_id, difference[:600])
     kept = [one for one, difference in zip(demonstrations, differences, strict=True) if not difference]
     if not kept:
-        raise ValueError(f"none of {len(demonstrations)} demonstrations repeats itself; the last differs at {differences[-1]}")
+        raise ValueError(f"none of {len(differences)} demonstrations repeats itself; the last differs at {differences[-1]}")
     return kept, [f"{len(kept)} of {len(demonstrations)} replayed with equal observations"]
 
 
