@@ -1,10 +1,8 @@
 """Evaluations: figures against hand counts, endpoints against the same model in these processes, and damaged files."""
 
 import json
-import sys
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -12,12 +10,9 @@ from megatron_tcod.assembly import assemble
 from megatron_tcod.config import EvaluationConfig, load_config
 from megatron_tcod.endpoint import seat_endpoint
 from megatron_tcod.envs.household import Household
-from megatron_tcod.envs.household_expert import Expert
 from megatron_tcod.evaluate import main
 from megatron_tcod.evaluation import comparison_lines, evaluation_record, read_evaluation, summary_lines, write_evaluation
 from megatron_tcod.trajectory import Episode, Task, Turn, TurnWindow
-
-sys.path.append(str(Path(__file__).parent / "rollout"))
 
 
 def episode(task_id, success, *, family="heat", sample=0, accepted=(True,), outcome="ok"):
@@ -174,36 +169,11 @@ def test_a_model_behind_an_endpoint_plays_as_it_does_in_these_processes(single_p
     assert all(one.rows == [] for one in outside)
 
 
-def expert_answer(messages, body):
-    """The household's expert in the model's place."""
-    texts = [message["content"] for message in messages]
-    expert = Expert(texts[0])
-    for index in range(1, len(texts), 2):
-        expert.act()
-        expert.observe(texts[index + 1])
-    return expert.act()
-
-
-def one_solves_one_looks():
-    """Answers of a model that solves each task the first time and only looks around the second time."""
-    seen = set()
-
-    def answer(messages, body):
-        texts = [message["content"] for message in messages]
-        if "look" in texts or (len(texts) == 1 and texts[0] in seen):
-            return "look"
-        if len(texts) == 1:
-            seen.add(texts[0])
-        return expert_answer(messages, body)
-
-    return answer
-
-
 def test_evaluating_an_endpoint_gives_every_figure_but_those_of_tokens(
     single_process, run_flags, tmp_path, capsys, monkeypatch
 ):
     pytest.importorskip("aiohttp")
-    from chat_endpoint import ChatEndpoint
+    from chat_endpoint import ChatEndpoint, one_solves_one_looks
 
     monkeypatch.setenv("A_KEY", "sesame-1234")
     output = tmp_path / "out" / "a.json"

@@ -15,6 +15,7 @@ import threading
 
 from aiohttp import web
 
+from megatron_tcod.envs.household_expert import Expert
 from megatron_tcod.rollout.embedded_engine import EmbeddedEngine
 from megatron_tcod.rollout.engine import Sampling
 from megatron_tcod.rollout.transcript import Transcript
@@ -130,3 +131,28 @@ class ModelAnswers:
         known = self._completions.setdefault((*texts, text), completion)
         assert known.token_ids == completion.token_ids, "two answers of one spelling: draw another model"
         return reply_of(text, finish=completion.finish_reason, prompt_tokens=len(transcript.ids))
+
+
+def expert_answer(messages, body):
+    """The household's expert in the model's place."""
+    texts = [message["content"] for message in messages]
+    expert = Expert(texts[0])
+    for index in range(1, len(texts), 2):
+        expert.act()
+        expert.observe(texts[index + 1])
+    return expert.act()
+
+
+def one_solves_one_looks():
+    """Answers of a model that solves each task the first time and only looks around the second time."""
+    seen = set()
+
+    def answer(messages, body):
+        texts = [message["content"] for message in messages]
+        if "look" in texts or (len(texts) == 1 and texts[0] in seen):
+            return "look"
+        if len(texts) == 1:
+            seen.add(texts[0])
+        return expert_answer(messages, body)
+
+    return answer
