@@ -76,7 +76,8 @@ class ChatClient:
         are added to each request, those in `omit` are left out. An empty `model` is asked for (`find_model`)."""
         if not urlsplit(url).path.strip("/"):
             url = url.rstrip("/") + "/v1"
-        self._server = JsonServer(url.removesuffix("/").removesuffix("/chat/completions"), most_bytes=MOST_ANSWER_BYTES)
+        url = url.removesuffix("/").removesuffix("/chat/completions")
+        self._server = JsonServer(url, key_hint="endpoint_key_env", most_bytes=MOST_ANSWER_BYTES)
         self.url, self.model = self._server.url, model
         self._api_key, self._extra, self._omit = api_key, dict(extra or {}), frozenset(omit)
         self._deadline_s, self._pause_s = deadline_s, pause_s
