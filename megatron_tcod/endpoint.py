@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from megatron_tcod import serving
 from megatron_tcod.assembly import Player, join_world, tokenizer_of
-from megatron_tcod.config import Config, EndpointConfig
+from megatron_tcod.config import Config, EndpointConfig, ParallelConfig
 from megatron_tcod.envs import check_env_options, load_env
 from megatron_tcod.model import parallel
 from megatron_tcod.trajectory import Episode
@@ -66,7 +66,7 @@ def seat_endpoint(config: Config) -> EndpointPlayer:
     family = load_env(config.environment.env)
     family.require()
     check_env_options(config.environment.env, config.environment.env_options)
-    join_world(config)
+    join_world(dataclasses.replace(config, parallel=ParallelConfig()))  # no rank holds a part of a model
     seat = _seat_chat if config.endpoint.endpoint_api == "chat" else _seat_sglang
     config, tokenizer, engine, name = seat(config, key)
     closing = ExitStack()

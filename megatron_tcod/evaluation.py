@@ -129,9 +129,12 @@ def _entry(episode: Episode, of_turn: Mapping[int, TurnScores]) -> dict[str, Any
         "turns": len(episode.turns),
         "outcome": episode.outcome,
         "end_reason": episode.end_reason,
+    }
+    counts = {
         "prompt_tokens": sum(turn.prompt_tokens for turn in episode.turns),
         "generated_tokens": sum(len(turn.token_ids) for turn in episode.turns),
     }
+    entry |= {name: count for name, count in counts.items() if count}
     if judged:
         entry |= {"invalid_actions": judged.count(False), "judged_actions": len(judged)}
     if of_turn:

@@ -100,8 +100,8 @@ class ChatEndpoint:
         return web.Response(status=status, text=text, content_type="application/json", headers=headers)
 
 
-def reply_of(text, *, finish="stop", prompt_tokens=11, completion_tokens=3):
-    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+def reply_of(text, *, finish="stop", prompt_tokens=11):
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 3}
     return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}], "usage": usage}
 
 

@@ -178,6 +178,7 @@ def test_evaluating_an_endpoint_gives_every_figure_but_those_of_tokens(
     monkeypatch.setenv("A_KEY", "sesame-1234")
     output = tmp_path / "out" / "a.json"
     flags = [*run_flags, "--max-turns", "20", "--eval-tasks", "6", "--eval-samples", "2", "--output", str(output)]
+    flags += ["--tensor-model-parallel-size", "2"]  # of a training run, and nothing to a model that is elsewhere
     with ChatEndpoint(one_solves_one_looks()) as endpoint:
         assert main([*flags, "--endpoint-url", endpoint.url, "--endpoint-key-env", "A_KEY"]) == 0
     record = read_evaluation(str(output))

@@ -110,9 +110,16 @@ def write_demonstrations(path: str | Path, demonstrations: Iterable[Demonstratio
 
 
 def seal(demonstration: Demonstration) -> bytes:
-    """A demonstration as one line with its hash, newline included."""
-    body = msgspec.json.encode({"version": VERSION, "demonstration": demonstration})
-    return body[:-1] + b',"sha256":"%s"}\n' % hashlib.sha256(body).hexdigest().encode()
+    """A demonstration as one line with its hash, newline included. ValueError where no reader would take it."""
+    task_id = demonstration.task.task_id
+    try:
+        body = msgspec.json.encode({"version": VERSION, "demonstration": demonstration})
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the demonstration of task {task_id!r} holds text that is no UTF-8: {error}") from error
+    line = body[:-1] + b',"sha256":"%s"}\n' % hashlib.sha256(body).hexdigest().encode()
+    if len(line) > MOST_LINE_BYTES:
+        raise ValueError(f"the demonstration of task {task_id!r} has {len(line)} bytes, at most {MOST_LINE_BYTES} are read")
+    return line
 
 
 def read_demonstrations(

@@ -45,7 +45,7 @@ class ContextExceeded(RolloutError):
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """One answer. Example: `Reply(text="go to desk 1", finish_reason="stop", prompt_tokens=80, completion_tokens=5)`
+    """One answer. Example: `Reply(text="go to desk 1", finish_reason="stop", prompt_tokens=80)`
 
     Counts are 0 where the endpoint gives none.
     """
@@ -53,7 +53,6 @@ class Reply:
     text: str
     finish_reason: str
     prompt_tokens: int = 0
-    completion_tokens: int = 0
     cached_tokens: int = 0
 
 
@@ -94,6 +93,8 @@ class ChatClient:
             names = [str(entry["id"]) for entry in answer["data"]]
         except (KeyError, TypeError):
             raise GarbledAnswer(f"/models: no list of models in {str(answer)[:200]}", server=self.url) from None
+        if not all(name.isprintable() and len(name) <= 200 for name in names):
+            raise GarbledAnswer(f"/models: names that are no names: {str(names)[:200]!r}", server=self.url)
         if len(names) != 1:
             raise ValueError(f"{self.url} serves {len(names)} models ({', '.join(names[:8])}); name one with endpoint_model")
         return names[0]
@@ -148,7 +149,7 @@ def read_reply(answer: Any, **where: str) -> Reply:
         content, finish = choice["message"]["content"], choice.get("finish_reason")
         usage = answer.get("usage") or {}
         details = usage.get("prompt_tokens_details") or {}
-        counts = [usage.get("prompt_tokens"), usage.get("completion_tokens"), details.get("cached_tokens")]
+        counts = [usage.get("prompt_tokens"), details.get("cached_tokens")]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise GarbledAnswer(f"no chat completion ({type(error).__name__}: {error}): {str(answer)[:200]}", **where) from None
     if content is None:
@@ -157,11 +158,11 @@ def read_reply(answer: Any, **where: str) -> Reply:
         raise GarbledAnswer(f"content and finish_reason must be text, got {str(choice)[:200]}", **where)
     if not all(count is None or (type(count) is int and count >= 0) for count in counts):
         raise GarbledAnswer(f"usage must count tokens, got {str(usage)[:200]}", **where)
-    prompt, completion, cached = (count or 0 for count in counts)
-    return Reply(
-        text=content,
-        finish_reason=finish or "stop",
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        cached_tokens=cached,
-    )
+    prompt, cached = (count or 0 for count in counts)
+    finish = encodable(finish or "stop")[:40]
+    return Reply(text=encodable(content), finish_reason=finish, prompt_tokens=prompt, cached_tokens=cached)
+
+
+def encodable(text: str) -> str:
+    """The text with a replacement character for each half of a pair, which JSON can spell and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

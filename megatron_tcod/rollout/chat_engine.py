@@ -83,8 +83,6 @@ class ChatEngine:
         """A thread with an event loop of its own does the talking, as in `sglang_engine.py`. An empty model of the client
         is asked for now."""
         self._client, self._messages = client, messages
-        self.completion_tokens = 0
-        """That the endpoint counted."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="chat_engine", daemon=True)
         self._thread.start()
@@ -99,7 +97,6 @@ class ChatEngine:
         """See `engine.RolloutEngine`; one id, of the answer, whose log-probability nobody told."""
         conversation = self._messages.conversation(prompt_ids)
         reply = await asyncio.wrap_future(self._start(self._client.complete(conversation, sampling)))
-        self.completion_tokens += reply.completion_tokens
         return Completion(
             token_ids=[self._messages.id_of("assistant", reply.text)],
             logprobs=[math.nan],

@@ -115,6 +115,12 @@ def test_an_answer_without_text_is_an_empty_one():
     assert (reply.text, reply.finish_reason) == ("", "content_filter")
 
 
+def test_half_of_a_pair_which_json_can_spell_does_not_end_the_run():
+    with ChatEndpoint(lambda messages, body: reply_of("a\ud83d \U0001f600", finish="\udc00" * 99)) as endpoint:
+        (reply,), _ = ask(endpoint)
+    assert reply.text == "a\ufffd \U0001f600" and reply.finish_reason == "\ufffd" * 40
+
+
 def play(endpoint, scripts, *, system_prompt="", **settings):
     """All scripts played over the endpoint; two samples each."""
     messages = MessageTable(system_prompt=system_prompt)
@@ -180,8 +186,10 @@ def test_an_endpoint_that_answers_nobody_is_an_error_and_not_a_success_of_zero()
             play(endpoint, {"a": Script(observations=["one"])})
 
 
-@pytest.mark.parametrize(("models", "message"), [((), "serves 0 models"), (("a", "b"), r"2 models \(a, b\)")])
+@pytest.mark.parametrize(
+    ("models", "message"), [((), "serves 0 models"), (("a", "b"), r"2 models \(a, b\)"), (("\x1b[2J",), "no names")]
+)
 def test_a_model_is_asked_for_where_the_endpoint_has_several(models, message):
     with ChatEndpoint(count_up, models=models) as endpoint:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, GarbledAnswer), match=message):
             play(endpoint, {"a": Script(observations=["one"])})
