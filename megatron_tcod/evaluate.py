@@ -133,7 +133,7 @@ def sampled_scores(config: Config, episodes: list[Episode]) -> dict[int, dict[in
             {"student_logprob": microbatch.old_logprobs, "teacher_logprob": told["student_logprob"]}
             for microbatch, told in zip(microbatches, of_teacher, strict=True)
         ]
-        speaks = parallel.tp_rank() == 0 and parallel.pp_rank() == 0  # one rank of each replica
+        speaks = parallel.is_first_in_replica()
         return gather_scores(scores_by_turn(microbatches, per_token) if speaks else {})
 
 
