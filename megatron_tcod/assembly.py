@@ -258,7 +258,10 @@ def load_demonstrations(config: Config) -> dict[str, Demonstration]:
     root = config.environment.env_options.get("root")
     if root is not None and not isinstance(root, str):
         raise ValueError(f"env_options root = {root!r} must be the directory of the games, as text")
-    found = read_demonstrations(config.curriculum.demonstrations, config.environment.env, root=root)
+    environment = config.environment
+    found = read_demonstrations(
+        config.curriculum.demonstrations, environment.env, env_options=environment.env_options
+    )
     return {one.task.task_id: one for one in found if one.success}
 
 
@@ -491,7 +494,7 @@ def assemble_served_teacher(config: Config) -> Player:
         url, key, server = serving.teacher_address(config)
         if server is not None:
             closing.enter_context(server)
-        engine = serving.teacher_as_engine(config, url, key, tokenizer)
+        engine = serving.engine_over(config, url, key, tokenizer)
         closing.callback(engine.close)
         return Player(
             config=config,

@@ -283,6 +283,8 @@ class EvaluationConfig:
     """0 is greedy."""
     eval_seed: int = 7
     """Of the evaluation's sampling."""
+    eval_samples: int = Field(default=1, ge=1)
+    """Episodes per task: pass@1 and pass@k up to this many."""
 
 
 @validated(frozen=True, kw_only=True, config=STRICT)
@@ -293,6 +295,24 @@ class DemonstrationConfig:
     """Attempts per task (the paper's pass@10); the shortest success is kept."""
     demonstration_temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature of the teacher."""
+
+
+@validated(frozen=True, kw_only=True, config=STRICT)
+class EndpointConfig:
+    endpoint_url: str = ""
+    """evaluate, demonstrate: a server that plays in the model's place, http(s)://HOST[:PORT][/v1]."""
+    endpoint_api: Literal["chat", "sglang"] = "chat"
+    """`chat`: OpenAI's /chat/completions, text only. `sglang`: /generate, with the token ids of the student's tokenizer."""
+    endpoint_model: str = ""
+    """chat: the model's name there; empty where the endpoint serves just one."""
+    endpoint_key_env: str = ""
+    """Environment variable that holds the API key; empty sends none."""
+    endpoint_timeout: float = Field(default=600.0, gt=0)
+    """Seconds a request may take with its retries."""
+    endpoint_omit: list[str] = Field(default_factory=list)
+    """chat: fields of a request that the endpoint does not take: seed, top_p, max_tokens."""
+    endpoint_extra: Annotated[dict[str, Any], tyro.conf.Fixed] = Field(default_factory=dict)
+    """chat: more fields of every request: [endpoint.endpoint_extra] max_completion_tokens = 512. In the file only."""
 
 
 FIDELITY: dict[str, dict[str, dict[str, Any]]] = {
@@ -326,6 +346,7 @@ class Config:
     environment: EnvironmentConfig = dataclasses.field(default_factory=EnvironmentConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     demonstration: DemonstrationConfig = dataclasses.field(default_factory=DemonstrationConfig)
+    endpoint: EndpointConfig = dataclasses.field(default_factory=EndpointConfig)
 
     def __post_init__(self) -> None:
         check_fields_agree(self)
@@ -387,7 +408,7 @@ def check_servers(config: Config) -> None:
         )
 
 
-FILE_ONLY = (("rollout", "server"), ("sglang", "teacher_server"))
+FILE_ONLY = (("rollout", "server"), ("sglang", "teacher_server"), ("endpoint", "endpoint_extra"))
 """Tables of another program's flags, which cannot be flags of ours."""
 
 PARTS = {field.name: field.default_factory for field in dataclasses.fields(Config) if field.name != "fidelity"}
@@ -546,7 +567,7 @@ def explain_flag_error(argv: list[str], complaint: str) -> str:
         flag = argument.partition("=")[0].replace("_", "-")
         for part, key in FILE_ONLY:
             if flag == "--" + key.replace("_", "-"):
-                return f"{flag} is no flag: give [{part}.{key}] in a file of --config, with SGLang's own flags in it"
+                return f"{flag} is no flag: give [{part}.{key}] in a file of --config, with the server's own names in it"
         if flag.startswith("--") and flag not in known and not flag.startswith(("--opd-", "--no-")):
             return f"unknown flag {flag}; {nearest(flag, known)}"
     lines = [line.strip(" │╭╮╰╯─\n") for line in complaint.splitlines()]

@@ -220,8 +220,8 @@ def served_teacher(config: Config, url: str, key: str, *, vocab_size: int) -> Se
     )
 
 
-def teacher_as_engine(config: Config, url: str, key: str, tokenizer: TurnTokenizer) -> RolloutEngine:
-    """An engine over the teacher's server, whose weights never change. Collective."""
+def engine_over(config: Config, url: str, key: str, tokenizer: TurnTokenizer) -> RolloutEngine:
+    """An engine over a server whose weights never change: a teacher's, or an endpoint. Collective."""
     from megatron_tcod.rollout.sglang_engine import SGLangEngine
     from megatron_tcod.rollout.sglang_server import attach
 

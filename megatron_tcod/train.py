@@ -27,7 +27,8 @@ import psutil
 from megatron_tcod.assembly import Assembly, assemble
 from megatron_tcod.config import Config, load_config, log_to_console, run_entry_point, take_switch, to_dict, to_toml
 from megatron_tcod.console import ConsoleWriter
-from megatron_tcod.evaluate import evaluate, gather_scores, write_evaluation
+from megatron_tcod.evaluate import evaluate, gather_scores
+from megatron_tcod.evaluation import write_evaluation
 from megatron_tcod.journal import Journal
 from megatron_tcod.metrics import (
     JsonlWriter,

@@ -78,6 +78,8 @@ class Turn:
     done: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    is_accepted: bool | None = None
+    """Whether the environment took the action as a command it knows; None where it does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from megatron_tcod.journal import Journal, read_journal
 from megatron_tcod.metrics import JsonlWriter, StepMetrics, scores_by_turn, trajectory_record
 from megatron_tcod.report import build_report
 from megatron_tcod.report.__main__ import main
+from megatron_tcod.report.comparison import pairs
 from megatron_tcod.report.episodes import MAX_TEXT, clip, sample_episodes
 from megatron_tcod.report.run import read_run
 from megatron_tcod.significance import mcnemar_exact, wilson_interval
@@ -579,6 +580,19 @@ def test_several_samples_of_a_task_are_paired_in_order(tmp_path):
     final = read_run(tmp_path, "run").final_evaluation
     assert final.outcomes() == {("t", 0): True, ("t", 1): False, ("t", 2): True}
     assert any("3 episodes of 1 tasks" in note for note in notes_of(tmp_path))
+    low, high = final.interval
+    assert low < wilson_interval(2, 3)[0] and high > wilson_interval(2, 3)[1], "three episodes are not three tasks"
+
+
+def test_runs_with_several_samples_are_compared_by_task(tmp_path):
+    """Eight tasks of four samples: 32 to 0 episodes would say p < 1e-9, 8 tasks say 2 in 2^8."""
+    for name, solved in (("a", True), ("b", False)):
+        (tmp_path / name / "evaluation").mkdir(parents=True)
+        write_metrics(tmp_path / name, [{"step": 1}])
+        tasks = [{"task_id": f"t{task}", "success": solved, "turns": 3} for task in range(8) for _ in range(4)]
+        (tmp_path / name / "evaluation" / "step_0000001.json").write_text(json.dumps({"step": 1, "tasks": tasks}))
+    (pair,) = pairs([read_run(tmp_path / name, name) for name in "ab"])
+    assert pair["only_a"] == 32 and pair["p"] == pytest.approx(2 / 2**8)
 
 
 def test_the_command_writes_one_file_and_names_it(tmp_path, three_runs, capsys):

@@ -1,18 +1,19 @@
 """What the runs come to: a headline row each, a paired test for each pair, and where their settings differ.
 
-Success is of the last evaluation. Pairs are compared on the tasks that both played, by the exact McNemar test, without
-correction for the number of pairs.
+Success is of the last evaluation. Pairs are compared on the tasks that both played, by the exact McNemar test, which
+where tasks were played several times is the sign-flip test over tasks; without correction for the number of pairs.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
 from megatron_tcod.report.run import Run, mean
 from megatron_tcod.report.series import shorten
-from megatron_tcod.significance import discordant, mcnemar_exact
+from megatron_tcod.significance import discordant, sign_flip_exact
 
 _LAST_STEPS = 5
 
@@ -87,6 +88,9 @@ def pairs(runs: Sequence[Run]) -> list[dict[str, Any]]:
         if not shared:
             continue
         only_a, only_b = discordant(outcomes_a, outcomes_b)
+        by_task: Counter[str] = Counter()
+        for key in shared:
+            by_task[key[0]] += outcomes_a[key] - outcomes_b[key]
         both = sum(outcomes_a[key] and outcomes_b[key] for key in shared)
         tests.append(
             {
@@ -97,7 +101,7 @@ def pairs(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "only_a": only_a,
                 "only_b": only_b,
                 "neither": len(shared) - both - only_a - only_b,
-                "p": mcnemar_exact(only_a, only_b),
+                "p": sign_flip_exact(list(by_task.values())),
             }
         )
     return tests

@@ -117,7 +117,7 @@ def _samples_are_not_tasks(run: Run) -> Iterator[str]:
     if num_tasks < len(final.tasks):
         yield (
             f"The evaluation holds {len(final.tasks)} episodes of {num_tasks} tasks. Episodes of one task are alike, "
-            "so the interval and the paired tests are more certain than they should be."
+            "so the interval and the paired tests count by task."
         )
 
 

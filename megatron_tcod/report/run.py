@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tcod.journal import read_journal
-from megatron_tcod.significance import wilson_interval
+from megatron_tcod.significance import clustered_interval, wilson_interval
 
 _SECRET_KEY = re.compile(r"(^|_)(key|password|secret|credentials?)$")
 
@@ -52,7 +52,13 @@ class Evaluation:
 
     @property
     def interval(self) -> tuple[float, float]:
-        return wilson_interval(self.num_solved, len(self.tasks))
+        by_task: dict[str, list[bool]] = {}
+        for task in self.tasks:
+            by_task.setdefault(task.task_id, []).append(task.success)
+        trials = {len(solved) for solved in by_task.values()}
+        if len(trials) > 1:  # tasks of unlike weight, which no evaluation of ours has
+            return wilson_interval(self.num_solved, len(self.tasks))
+        return clustered_interval([sum(solved) for solved in by_task.values()], trials=trials.pop())
 
     def mean_turns(self) -> float | None:
         return mean([task.turns for task in self.tasks])

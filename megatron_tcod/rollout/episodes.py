@@ -387,6 +387,7 @@ class _Play:
                 action=answer.action,
                 reward=step.reward,
                 done=step.done,
+                is_accepted=step.info.get("accepted"),
                 **sampled,
             )
         )

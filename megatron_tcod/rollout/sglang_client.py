@@ -7,8 +7,7 @@
 
 Versions 0.5.16 to 0.5.23 are told apart by their OpenAPI description and `server_info`, never by their number.
 
-Errors are subclasses of `RolloutError` and carry server and request: ServerUnreachable, ServerError, GarbledAnswer,
-TruncatedAnswer, DeadlineExceeded, StreamBroken, WrongTokenCount, LogprobMismatch. Refused connections and answers
+Errors are those of `http_json.py` and carry server and request. Refused connections and answers
 429, 500, 502, 503, 504 to a generation are asked again after a random, growing pause while the request's deadline lasts;
 generating twice harms nobody. At most `max_concurrent` generations are with the server, the others wait here, and their
 deadline starts when they are sent.
@@ -20,65 +19,24 @@ answer (`sglang_engine.py`), and serves the event loop that it is first used in.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import aiohttp
+from megatron_tcod.rollout.engine import Sampling
+from megatron_tcod.rollout.http_json import (
+    DeadlineExceeded,
+    GarbledAnswer,
+    JsonServer,
+    LogprobMismatch,
+    ServerError,
+    WrongTokenCount,
+    repeat,
+)
 
-from megatron_tcod.rollout.engine import EngineFault, Sampling
-
-RETRYABLE_STATUS = frozenset({429, 500, 502, 503, 504})
 FLUSH_PAUSE_S = 0.05
-KEEP_ALIVE_S = 2.0
-"""Shorter than the servers' own 5 s, so that no request is written into a connection that the server just closed."""
-
-
-class RolloutError(EngineFault):
-    """A server did not do what it was asked. `server` is its URL, `request_id` the request's."""
-
-    def __init__(self, message: str, *, server: str, request_id: str = "") -> None:
-        super().__init__(f"{server}{f' request {request_id}' if request_id else ''}: {message}")
-        self.server, self.request_id = server, request_id
-
-
-class ServerUnreachable(RolloutError):
-    """Nobody accepts connections, for as long as was tried."""
-
-
-class ServerError(RolloutError):
-    """An HTTP status other than 200, an aborted request, or an update that was not done."""
-
-    def __init__(self, message: str, *, status: int = 0, **where: str) -> None:
-        super().__init__(message, **where)
-        self.status = status
-
-
-class GarbledAnswer(RolloutError):
-    """Status 200 and a body that is not what the protocol says."""
-
-
-class TruncatedAnswer(RolloutError):
-    """A body shorter than its header promised."""
-
-
-class DeadlineExceeded(RolloutError):
-    """No complete answer in time."""
-
-
-class StreamBroken(RolloutError):
-    """The connection died after the request was sent."""
-
-
-class WrongTokenCount(RolloutError):
-    """Another number of tokens than the finish reason or the counts in the answer imply."""
-
-
-class LogprobMismatch(RolloutError):
-    """Log-probabilities that do not belong to the tokens: another number, other ids, or no numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,26 +127,20 @@ class SGLangClient:
     ) -> None:
         """`deadline_s` bounds one generation with its retries, `retry_s` how long a refused or failed one is repeated,
         `pause_s` the first pause. Control requests have `control_deadline_s` and are never repeated."""
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"server url {url!r} must start with http:// or https://")
         if max_concurrent < 1 or min(deadline_s, control_deadline_s) <= 0:
             raise ValueError("need max_concurrent >= 1 and deadlines > 0")
-        self.url = url.rstrip("/")
+        self._server = JsonServer(url, key_hint="sglang_key_file, teacher_key_file")
+        self.url = self._server.url
         self.num_in_flight = 0
         self.num_retries = 0
         self._api_key, self._admin_key = api_key, admin_key or api_key
         self._deadline_s, self._control_deadline_s = deadline_s, control_deadline_s
         self._retry_s, self._pause_s = retry_s, pause_s
         self._places = asyncio.Semaphore(max_concurrent)
-        self._session: aiohttp.ClientSession | None = None
-        self._is_closed = False
 
     async def close(self) -> None:
         """Requests that are under way, or still wait here to be sent, end with StreamBroken."""
-        self._is_closed = True
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        await self._server.close()
 
     async def features(self) -> ServerFeatures:
         openapi, info = await self._control("GET", "/openapi.json"), await self._control("GET", "/server_info")
@@ -284,76 +236,33 @@ class SGLangClient:
 
     async def _repeat(self, path: str, make_body: Callable[[], dict[str, Any]], request_id: str) -> Any:
         """Ask until there is an answer, an error that repeating cannot mend, or no time left."""
-        loop = asyncio.get_running_loop()
-        start, attempt = loop.time(), 0
-        last: RolloutError | None = None
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                while True:
-                    try:
-                        # The server refuses an id that it still works on, so every attempt has its own.
-                        named = make_body() | {"rid": f"{request_id}.{attempt}.{random.getrandbits(48):012x}"}
-                        return await self._ask("POST", path, named, request_id, self._api_key)
-                    except (ServerUnreachable, ServerError) as error:
-                        if isinstance(error, ServerError) and error.status not in RETRYABLE_STATUS:
-                            raise
-                        last = error
-                    pause = self._pause_s * 2 ** min(attempt, 6) * random.uniform(0.5, 1.5)
-                    if loop.time() + pause - start > self._retry_s:
-                        raise last
-                    attempt += 1
-                    self.num_retries += 1
-                    await asyncio.sleep(pause)
-        except TimeoutError:
-            if last is not None:
-                raise last from None
-            message = f"no answer within {self._deadline_s:g} s; raise the deadline or lower max_concurrent"
-            raise DeadlineExceeded(message, server=self.url, request_id=request_id) from None
+
+        async def ask(attempt: int) -> Any:
+            # The server refuses an id that it still works on, so every attempt has its own.
+            named = make_body() | {"rid": f"{request_id}.{attempt}.{random.getrandbits(48):012x}"}
+            is_json = path == "/generate"
+            return await self._server.ask("POST", path, named, key=self._api_key, request_id=request_id, is_json=is_json)
+
+        return await repeat(
+            ask,
+            deadline_s=self._deadline_s,
+            retry_s=self._retry_s,
+            pause_s=self._pause_s,
+            server=self.url,
+            request_id=request_id,
+            count=self._note_retry,
+        )
+
+    def _note_retry(self) -> None:
+        self.num_retries += 1
 
     async def _control(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         try:
             async with asyncio.timeout(self._control_deadline_s):
                 key = self._admin_key if method == "POST" else self._api_key
-                return await self._ask(method, path, body, "", key)
+                return await self._server.ask(method, path, body, key=key)
         except TimeoutError:
             raise DeadlineExceeded(f"{path} not done within {self._control_deadline_s:g} s", server=self.url) from None
-
-    async def _ask(self, method: str, path: str, body: Any, request_id: str, key: str) -> Any:
-        """One HTTP exchange; the parsed body, or text where the server answers none."""
-        where = {"server": self.url, "request_id": request_id}
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        response = None
-        try:
-            async with self._open_session().request(
-                method, self.url + path, json=body, headers=headers, allow_redirects=False
-            ) as response:
-                raw = await response.read()
-        except aiohttp.ClientConnectorError as error:
-            raise ServerUnreachable(f"cannot connect: {error}", **where) from None
-        except aiohttp.ClientPayloadError as error:
-            kind = TruncatedAnswer if response is not None and "Content-Length" in response.headers else StreamBroken
-            raise kind(f"{path} ended early: {error}", **where) from None
-        except (aiohttp.ClientConnectionError, ConnectionError) as error:
-            raise StreamBroken(f"{path}: connection lost ({error or type(error).__name__})", **where) from None
-        except aiohttp.ClientError as error:
-            raise GarbledAnswer(f"{path}: not HTTP ({type(error).__name__}: {error})", **where) from None
-        if response.status != 200:
-            fix = "; give the right key: sglang_key_file, teacher_key_file" if response.status in (401, 403) else ""
-            raise ServerError(f"{path}: status {response.status}: {raw[:300]!r}{fix}", status=response.status, **where)
-        if "json" not in response.content_type and path != "/generate":
-            return raw.decode(errors="replace")
-        try:
-            return json.loads(raw)
-        except ValueError as error:
-            raise GarbledAnswer(f"{path}: not JSON ({error}): {raw[:100]!r}", **where) from None
-
-    def _open_session(self) -> aiohttp.ClientSession:
-        if self._is_closed:
-            raise StreamBroken("the connection was closed", server=self.url)
-        if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-            self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
-        return self._session
 
 
 def generate_body(

@@ -48,19 +48,10 @@ import numpy as np
 import torch
 
 from megatron_tcod.rollout.engine import Completion, Sampling
+from megatron_tcod.rollout.http_json import GarbledAnswer, RolloutError, ServerError, ServerUnreachable, StreamBroken
 from megatron_tcod.rollout.prefix import PrefixLedger, PrefixReuse, warm_waves
 from megatron_tcod.rollout.prefix_router import PrefixRouter
-from megatron_tcod.rollout.sglang_client import (
-    Answer,
-    GarbledAnswer,
-    RolloutError,
-    ServerError,
-    ServerUnreachable,
-    SGLangClient,
-    StreamBroken,
-    generate_body,
-    parse_answer,
-)
+from megatron_tcod.rollout.sglang_client import Answer, SGLangClient, generate_body, parse_answer
 from megatron_tcod.rollout.sglang_server import Server
 from megatron_tcod.rollout.weight_proof import Expected, UnprovenWeights
 from megatron_tcod.rollout.weight_sync import Link, WeightSync
@@ -169,7 +160,7 @@ class SGLangEngine:
         """See `engine.RolloutEngine`. `max_new_tokens=0` computes the prompt and returns no ids.
 
         Raises ValueError for a request that cannot be served, RuntimeError without proven weights, StaleWeights, and
-        the errors of `sglang_client.py`.
+        the errors of `http_json.py`.
         """
         (completion,) = await self.generate_samples(prompt_ids, [sampling])
         return completion
@@ -235,7 +226,7 @@ class SGLangEngine:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See `engine.RolloutEngine`. Blocks until the servers have proven the weights.
 
-        Raises UnprovenWeights, or the errors of `sglang_client.py`; the engine does not generate then.
+        Raises UnprovenWeights, or the errors of `http_json.py`; the engine does not generate then.
         """
         if self._sync is None:
             raise RuntimeError("this engine's servers keep the weights they were started with")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_tcod.rollout.chat import TurnTokenizer
-from megatron_tcod.rollout.sglang_client import ServerError
+from megatron_tcod.rollout.http_json import ServerError
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from megatron_tcod.rollout.engine import Sampling
-from megatron_tcod.rollout.sglang_client import GarbledAnswer, LogprobMismatch, ServerFeatures, generate_body, parse_answer
+from megatron_tcod.rollout.http_json import GarbledAnswer, LogprobMismatch
+from megatron_tcod.rollout.sglang_client import ServerFeatures, generate_body, parse_answer
 from megatron_tcod.trajectory import Microbatch, ServerTarget
 
 LARGEST_LOGPROB = 1e-3
@@ -113,7 +114,7 @@ def score_body(ids: list[int], row: ScoredRow, features: ServerFeatures, *, top_
 def read_score(
     answer: Any, ids: list[int], row: ScoredRow, *, top_k: int, vocab_size: int, server: str
 ) -> RowScore:
-    """An answer to `score_body`, checked against the row. Raises the errors of `sglang_client.py`."""
+    """An answer to `score_body`, checked against the row. Raises the errors of `http_json.py`."""
     parsed = parse_answer(answer, ids, row.sampling, server=server)
     logprobs = np.array(parsed.input_logprobs[1:], np.float32)  # [N - P]
     if not (logprobs <= LARGEST_LOGPROB).all():

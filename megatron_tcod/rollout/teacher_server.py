@@ -34,8 +34,9 @@ import torch.distributed as dist
 
 from megatron_tcod.rollout.chat import TurnTokenizer
 from megatron_tcod.rollout.engine import Completion, Sampling
+from megatron_tcod.rollout.http_json import RolloutError
 from megatron_tcod.rollout.prefix import PrefixLedger, PrefixReuse, plan_prefixes, warm_waves
-from megatron_tcod.rollout.sglang_client import RolloutError, ServerFeatures, generate_body, parse_answer
+from megatron_tcod.rollout.sglang_client import ServerFeatures, generate_body, parse_answer
 from megatron_tcod.rollout.teacher_identity import Server, check_teacher
 from megatron_tcod.rollout.teacher_scores import (
     RowScore,
@@ -122,7 +123,7 @@ class ServerTeacher:
     def score(self, microbatches: list[Microbatch]) -> list[ServerTarget | None]:
         """Targets [S] of each microbatch, on its device; None on every stage but the last. Collective over `tp_group`.
 
-        Raises the errors of `sglang_client.py`, and TeacherFailed on the ranks that did not ask.
+        Raises the errors of `http_json.py`, and TeacherFailed on the ranks that did not ask.
         """
         if not self._is_last_stage:
             return [None] * len(microbatches)

@@ -15,8 +15,7 @@ from tokenizer_fixtures import small_tokenizer  # noqa: E402
 
 from megatron_tcod.rollout.engine import Sampling  # noqa: E402
 from megatron_tcod.rollout.episodes import Assignment, PlaySettings, collect_episodes  # noqa: E402
-from megatron_tcod.rollout.prefix_router import PrefixRouter  # noqa: E402
-from megatron_tcod.rollout.sglang_client import (  # noqa: E402
+from megatron_tcod.rollout.http_json import (  # noqa: E402
     DeadlineExceeded,
     GarbledAnswer,
     LogprobMismatch,
@@ -26,8 +25,9 @@ from megatron_tcod.rollout.sglang_client import (  # noqa: E402
     StreamBroken,
     TruncatedAnswer,
     WrongTokenCount,
-    parse_answer,
 )
+from megatron_tcod.rollout.prefix_router import PrefixRouter  # noqa: E402
+from megatron_tcod.rollout.sglang_client import parse_answer  # noqa: E402
 from megatron_tcod.rollout.sglang_engine import Probe, SGLangEngine, StaleWeights  # noqa: E402
 from megatron_tcod.rollout.sglang_server import Server, attach  # noqa: E402
 from megatron_tcod.rollout.weight_proof import UnprovenWeights  # noqa: E402

@@ -19,13 +19,8 @@ from megatron_tcod.trajectory import TokenRow
 pytest.importorskip("aiohttp")
 from fake_teacher import VOCAB, FakeTeacher, logprobs_after  # noqa: E402
 
-from megatron_tcod.rollout.sglang_client import (  # noqa: E402
-    GarbledAnswer,
-    LogprobMismatch,
-    RolloutError,
-    ServerError,
-    SGLangClient,
-)
+from megatron_tcod.rollout.http_json import GarbledAnswer, LogprobMismatch, RolloutError, ServerError  # noqa: E402
+from megatron_tcod.rollout.sglang_client import SGLangClient  # noqa: E402
 from megatron_tcod.rollout.teacher_server import ServerTeacher, TeacherFailed  # noqa: E402
 
 
