@@ -20,12 +20,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import msgspec
 
 from megatron_tcod.envs import load_env
-from megatron_tcod.envs.alfworld import resolve_root, task_of
+from megatron_tcod.envs.alfworld import locate_game, resolve_root, task_of
 from megatron_tcod.envs.base import Step
 from megatron_tcod.trajectory import Demonstration, DemonstrationTurn
 
@@ -138,18 +138,4 @@ def _record(line: PublishedLine, *, where: str, env: str, root: str | None) -> D
         success=bool(step.info.get("success")),
         source="published",
         final_observation=step.observation,
-    )
-
-
-def locate_game(game_file: str, root: Path, *, where: str) -> str:
-    """A published path as one below `root`: its longest tail that exists there; ValueError if there is none."""
-    parts = (PureWindowsPath if "\\" in game_file else PurePosixPath)(game_file).parts
-    if ".." not in parts:
-        for start in range(len(parts)):
-            tail = PurePosixPath(*parts[start:])
-            if len(tail.parts) == 4 and not tail.is_absolute() and (root / tail).is_file():
-                return str(tail)
-    raise ValueError(
-        f"{where}: no tail of game_file {game_file!r} exists below {root}; expected .../SPLIT/TASK/TRIAL/game.tw-pddl: "
-        "name the folder of these games as root"
     )
