@@ -162,20 +162,26 @@ class Worker:
         """Write a message; a process that does not read must not hold us for ever."""
         descriptor, data = self._process.stdin.fileno(), memoryview(struct.pack(">I", len(body)) + body)
         while data:
-            if not select.select([], [descriptor], [], max(0.0, end - time.monotonic()))[1]:
-                raise EnvironmentFault("no answer within the deadline", outcome="env_hang")
+            _wait(descriptor, select.POLLOUT, end)
             data = data[os.write(descriptor, data[: select.PIPE_BUF]) :]
 
     def _read(self, size: int, end: float) -> bytes:
         descriptor, data = self._process.stdout.fileno(), bytearray()
         while len(data) < size:
-            if not select.select([descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
-                raise EnvironmentFault("no answer within the deadline", outcome="env_hang")
+            _wait(descriptor, select.POLLIN, end)
             chunk = os.read(descriptor, size - len(data))
             if not chunk:
                 raise EOFError("the process ended")
             data += chunk
         return bytes(data)
+
+
+def _wait(descriptor: int, event: int, end: float) -> None:
+    """Until the descriptor is ready or closed. By poll: select takes no descriptors beyond 1023."""
+    ready = select.poll()
+    ready.register(descriptor, event)
+    if not ready.poll(1000 * max(0.0, end - time.monotonic())):
+        raise EnvironmentFault("no answer within the deadline", outcome="env_hang")
 
 
 class WorkerEpisode:
