@@ -228,6 +228,7 @@ setup(
     extras_require={
         "alfworld": ["alfworld==0.4.2", "textworld==1.7.0", "fast_downward_textworld"],
         "bridge": ["megatron-bridge>=0.3.1"],  # needs CUDA and Transformer Engine
+        "scienceworld": ["scienceworld==1.2.3"],  # and Java, 8 or newer
         "tensorboard": ["tensorboard"],
         "triton": ["triton>=3.6,<3.8; platform_system == 'Linux'"],  # a CUDA build of torch brings its own
         "sglang": ["aiohttp"],  # to talk to servers, which have an environment of their own

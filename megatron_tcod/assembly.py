@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_tcod import serving
-from megatron_tcod.config import SGLANG, Config, ObjectiveConfig, ParallelConfig, RolloutConfig
+from megatron_tcod.config import SGLANG, Config, EnvironmentConfig, ObjectiveConfig, ParallelConfig, RolloutConfig
 from megatron_tcod.curriculum import Curriculum, Schedule, make_curriculum
 from megatron_tcod.envs import load_env
 from megatron_tcod.envs.base import EnvironmentFamily
@@ -41,6 +41,7 @@ from megatron_tcod.rollout.chat import TurnTokenizer
 from megatron_tcod.rollout.embedded_engine import EmbeddedEngine
 from megatron_tcod.rollout.engine import RolloutEngine
 from megatron_tcod.rollout.episodes import Assignment, PlaySettings, collect_episodes
+from megatron_tcod.rollout.outcomes import check_outcomes
 from megatron_tcod.rollout.prefix import PrefixReuse, step_prefixes
 from megatron_tcod.rollout.supervised import demonstration_episode
 from megatron_tcod.trajectory import Demonstration, Episode, Microbatch, Task, TurnWindow, decode, encode
@@ -76,7 +77,7 @@ class Player:
     ) -> list[Episode]:
         """Plays whole episodes, whatever the curriculum, with other sampling than in training. Seeds do not
         depend on the step, so that two plays are paired. Collective."""
-        settings = play_settings(self.config.rollout, temperature=temperature, seed=seed)
+        settings = play_settings(self.config, temperature=temperature, seed=seed)
         play = make_play(
             family=self.family,
             engine=self.engine,
@@ -84,7 +85,7 @@ class Player:
             demonstrations={},
             settings=settings,
             num_samples=num_samples,
-            env_options=self.config.environment.env_options,
+            environment=self.config.environment,
             players=self.players,
         )
         horizon = TurnWindow(0, settings.max_turns)
@@ -237,17 +238,20 @@ def tokenizer_of(config: Config, directory: str) -> TurnTokenizer:
     )
 
 
-def play_settings(config: RolloutConfig, *, temperature: float, seed: int) -> PlaySettings:
+def play_settings(config: Config, *, temperature: float, seed: int) -> PlaySettings:
+    rollout = config.rollout
     return PlaySettings(
-        max_turns=config.max_turns,
-        max_new_tokens=config.rollout_max_response_len,
-        max_context=config.rollout_max_context_len,
+        max_turns=rollout.max_turns,
+        max_new_tokens=rollout.rollout_max_response_len,
+        max_context=rollout.rollout_max_context_len,
         temperature=temperature,
-        top_p=config.rollout_top_p,
+        top_p=rollout.rollout_top_p,
         seed=seed,
-        history_mode=config.history_mode,
-        compact_turns=config.history_length,
-        action_format=config.action_format,
+        history_mode=rollout.history_mode,
+        compact_turns=rollout.history_length,
+        action_format=rollout.action_format,
+        max_observation_bytes=config.environment.max_observation_bytes,
+        stuck_after=config.environment.stuck_after,
     )
 
 
@@ -313,7 +317,7 @@ def make_play(
     demonstrations: Mapping[str, Demonstration],
     settings: PlaySettings,
     num_samples: int,
-    env_options: dict[str, Any],
+    environment: EnvironmentConfig,
     players: list[int],
 ) -> Play:
     """Plays this rank's share of the tasks, which are dealt over `players`.
@@ -347,7 +351,8 @@ def make_play(
             tokenizer=tokenizer,
             settings=settings,
             step=step,
-            env_options=env_options,
+            env_options=environment.env_options,
+            max_open=environment.max_open_environments,
             prefix_budget=engine.cache_tokens // 2 if engine.cache_tokens else None,  # later turns need room too
         )
 
@@ -372,7 +377,12 @@ def gather_episodes(own: list[Episode], *, num_tasks: int, num_samples: int, pla
 
 
 def make_collect(
-    play: Play, *, players: list[int], num_samples: int, ahead: CollectAhead[list[Episode]] | None
+    play: Play,
+    *,
+    players: list[int],
+    num_samples: int,
+    ahead: CollectAhead[list[Episode]] | None,
+    environment: EnvironmentConfig,
 ) -> Callable[..., list[Episode]]:
     """A `tcod.Collect`: plays when it is called, or hands out what was played `ahead`."""
 
@@ -380,7 +390,9 @@ def make_collect(
         tasks: Sequence[Task], windows: Sequence[TurnWindow], *, step: int, curriculum_k: int
     ) -> list[Episode]:
         own = ahead.take(step) if ahead else asyncio.run(play(tasks, windows, step=step, curriculum_k=curriculum_k))
-        return gather_episodes(own, num_tasks=len(tasks), num_samples=num_samples, players=players)
+        episodes = gather_episodes(own, num_tasks=len(tasks), num_samples=num_samples, players=players)
+        check_outcomes(episodes, max_diverged=environment.max_diverged, max_env_faults=environment.max_env_faults)
+        return episodes
 
     return collect
 
@@ -458,9 +470,9 @@ def build_run(config: Config, layout: ParallelLayout, servers: list[Any], closin
         engine=engine,
         tokenizer=tokenizer,
         demonstrations=demonstrations,
-        settings=play_settings(rollout, temperature=rollout.rollout_temperature, seed=training.seed),
+        settings=play_settings(config, temperature=rollout.rollout_temperature, seed=training.seed),
         num_samples=rollout.n_samples_per_prompt,
-        env_options=config.environment.env_options,
+        environment=config.environment,
         players=players,
     )
     ahead = play_ahead(config, play, curriculum, tasks) if rollout.max_staleness else None
@@ -477,7 +489,13 @@ def build_run(config: Config, layout: ParallelLayout, servers: list[Any], closin
         engine=engine,
         players=players,
         objective=objective_of(config.objective, rollout, vocab_size=vocab_size),
-        collect=make_collect(play, players=players, num_samples=rollout.n_samples_per_prompt, ahead=ahead),
+        collect=make_collect(
+            play,
+            players=players,
+            num_samples=rollout.n_samples_per_prompt,
+            ahead=ahead,
+            environment=config.environment,
+        ),
         pack=make_pack(config, student.shape),
         train_tasks=tasks,
         vocab_size=vocab_size,

@@ -267,6 +267,16 @@ class EnvironmentConfig:
     """Training tasks taken from the start of the split; by default all that the environment lists."""
     env_options: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """The environment's own options, the same for both splits."""
+    max_open_environments: int | None = Field(default=None, ge=1)
+    """Environments that a rank holds open at a time; by default those of all its episodes."""
+    max_observation_bytes: int = Field(default=1 << 18, ge=1)
+    """A longer observation ends its episode as `env_oversized`."""
+    stuck_after: int = Field(default=10, ge=0)
+    """Different accepted commands in a row, all answered alike, that end an episode as `env_stuck`; 0 for never."""
+    max_diverged: float = Field(default=1.0, gt=0, le=1)
+    """Share of a step's replays that may diverge or be rejected; more stop the run. 1 for any."""
+    max_env_faults: float = Field(default=1.0, gt=0, le=1)
+    """Share of a step's episodes whose environments may break; more stop the run. 1 for any."""
 
 
 @validated(frozen=True, kw_only=True, config=STRICT)

@@ -22,6 +22,7 @@ COMMANDS = {"launch": "megatron_tcod.launch_checks", "plan": "megatron_tcod.plan
 TESTED_MEGATRON = "0.16.1"
 OPTIONAL = {
     "alfworld": "the alfworld environment cannot be used; pip install '.[alfworld]'",
+    "scienceworld": "the scienceworld environment cannot be used; pip install '.[scienceworld]'",
     "tensorboard": "metrics go to JSONL alone; pip install '.[tensorboard]'",
 }
 

@@ -15,7 +15,20 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 
-OUTCOMES = ("ok", "solved_in_replay", "diverged", "rejected_action", "no_demonstration", "env_fault", "engine_fault")
+ENV_FAULTS = (
+    "env_crash_reset",
+    "env_crash_step",
+    "env_hang",
+    "env_oversized",
+    "env_invalid_text",
+    "env_empty",
+    "env_stuck",
+    "env_fault",
+)
+"""How an environment breaks: it dies or reports an error, misses its deadline, says too much, says what is no UTF-8, says
+nothing, or answers the same whatever is done; the last one is anything else."""
+
+OUTCOMES = ("ok", "solved_in_replay", "diverged", "rejected_action", "no_demonstration", *ENV_FAULTS, "engine_fault")
 """How replayed prefix, environment and rollout engine behaved. Only `ok` episodes are trained on; all are counted."""
 
 END_REASONS = ("done", "window", "max_turns", "context_length", "not_played")

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tcod.envs.alfworld import FAMILIES, GAME_FILE, SPLITS, ALFWorld, task_of
-from megatron_tcod.envs.alfworld_engine import ENGINES, require_packages
+from megatron_tcod.envs.process import WORKERS
 
 MAX_OF_A_KIND = 3
 """Places of one kind in a room: the kitchens' fifteen cabinets would make every search endless."""
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     try:
-        require_packages()
+        ALFWorld.require()
         counts = {split: getattr(arguments, split) for split in SPLITS}
         make_games(arguments.out, counts, seed=arguments.seed)
     except (ValueError, OSError) as error:
@@ -103,7 +103,7 @@ def make_games(out: Path, counts: dict[str, int], *, seed: int) -> None:
     if any((out / split).exists() for split in SPLITS):
         raise ValueError(f"{out} already holds games; expected a new folder: name another --out or remove it")
     for split, count in counts.items():
-        num_turns, num_rejected = [], 0
+        num_turns, num_unfit, num_lost = [], 0, 0
         rooms = load_rooms(split)
         for index in range(count):
             rng = random.Random(f"{seed}/{split}/{index}")
@@ -111,20 +111,23 @@ def make_games(out: Path, counts: dict[str, int], *, seed: int) -> None:
                 walkthrough = write_game(out, split, index, rooms, rng)
                 if walkthrough:
                     break
-                num_rejected += 1
+                num_unfit, num_lost = num_unfit + (walkthrough is None), num_lost + (walkthrough == [])
             else:
                 raise ValueError(f"{MAX_DRAWS} draws gave no solvable {split} game {index}; try another --seed")
             num_turns.append(len(walkthrough))
         mean = sum(num_turns) / max(1, count)
-        print(f"{split}: {count} games, walkthrough {mean:.1f} turns on average, {num_rejected} draws rejected")
-    ENGINES.close()
+        print(
+            f"{split}: {count} games, walkthrough {mean:.1f} turns on average; of the draws {num_unfit} fitted no room and "
+            f"{num_lost} were not won by the expert"
+        )
+    WORKERS.close()
 
 
-def write_game(out: Path, split: str, index: int, rooms: list[Room], rng: random.Random) -> list[str]:
-    """Draw and write one game; its walkthrough, or nothing (and no files) when the engine does not win it."""
+def write_game(out: Path, split: str, index: int, rooms: list[Room], rng: random.Random) -> list[str] | None:
+    """Draw and write one game; its walkthrough, none (and no files) when the engine does not win it. None: no room fits."""
     game = draw_game(FAMILIES[index % len(FAMILIES)], rooms, rng)
     if game is None:
-        return []
+        return None
     trial = f"trial_T{index:08d}"
     folder = out / split / game.folder / trial
     folder.mkdir(parents=True)

@@ -4,7 +4,7 @@
 # TCOD_TEST_WORKERS files run side by side, 2 by default; 0 runs all in one process, which a debugger wants.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-TCOD_EXTRAS=${TCOD_EXTRAS:-dev,alfworld,triton}
+TCOD_EXTRAS=${TCOD_EXTRAS:-dev,alfworld,scienceworld,triton}
 source tools/environment.sh
 enter_environment
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -13,6 +13,7 @@ from megatron_tcod.envs.base import EnvironmentFamily
 ENVS = {
     "household": "megatron_tcod.envs.household:Household",
     "alfworld": "megatron_tcod.envs.alfworld:ALFWorld",
+    "scienceworld": "megatron_tcod.envs.scienceworld:ScienceWorld",
     "webshop": "megatron_tcod.envs.webshop:WebShop",
     "remote": "megatron_tcod.envs.remote:Remote",
 }

@@ -8,25 +8,38 @@
 `valid_unseen`, in each `TASK-OBJECT-.../trial_.../game.tw-pddl` beside `traj_data.json`, possibly all below
 `json_2.1.1`. A task holds the game's path below the root only, so that tasks and demonstrations move between machines.
 
+The fourth split, `hard`, is no held-out set: it is the training games that the demonstration file `hard_from` lists without
+commands, those that the teacher failed (in the released `train_expert.jsonl` 121 games).
+
 Games without a game file, games marked unsolvable, and the movable-receptacle and sliced kinds, which ALFWorld does not
-play, are not listed. Observations and commands are the game's own, unshortened. Prompts, history and horizons belong to
-the caller.
+play, are not listed. Observations and commands are the game's own, unshortened; with `show_commands` the admissible
+commands stand below each observation, as in the paper's prompt. History and horizons belong to the caller.
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import msgspec
 
-from megatron_tcod.envs.alfworld_engine import ENGINES, Engine, require_packages
 from megatron_tcod.envs.alfworld_expert import Explorer
-from megatron_tcod.envs.base import Step
+from megatron_tcod.envs.base import Step, with_commands, without_commands
 from megatron_tcod.envs.mistakes import Mistakes
+from megatron_tcod.envs.process import WorkerEpisode, WorkerKind
 from megatron_tcod.trajectory import Demonstration, DemonstrationTurn, Task
 
+KIND = WorkerKind(
+    name="alfworld",
+    script=Path(__file__).with_name("alfworld_worker.py"),
+    packages=("alfworld", "textworld", "fast_downward"),
+)
+
 SPLITS = ("train", "valid_seen", "valid_unseen")
+"""The folders of games."""
+
+HARD = "hard"
 
 FAMILIES = (
     "pick_and_place_simple",
@@ -58,13 +71,22 @@ class GameHeader(msgspec.Struct):
     solvable: bool | None = None
 
 
+class PublishedGame(msgspec.Struct):
+    """What the split `hard` needs of a line of a published demonstration file."""
+
+    game_file: str
+    actions: list[str] = []
+
+
 class ALFWorld:
     """ALFWorld's text games (Shridhar et al., arXiv 2010.03768)."""
+
+    blocking = True
 
     @classmethod
     def require(cls) -> None:
         """ValueError with the install line where ALFWorld is not installed."""
-        require_packages()
+        KIND.require()
 
     @classmethod
     def tasks(
@@ -74,17 +96,22 @@ class ALFWorld:
         count: int | None = None,
         first: int = 0,
         root: str | None = None,
+        hard_from: str | None = None,
+        show_commands: bool = False,
         reset_deadline_s: float = RESET_DEADLINE_S,
         step_deadline_s: float = STEP_DEADLINE_S,
     ) -> list[Task]:
-        """The playable games of a split in the order of their paths; `[first, first + count)` of them. The deadlines
-        are for playing them. ValueError: an unknown split, no root, or a root without such games.
+        """The playable games of a split in the order of their paths; `[first, first + count)` of them. `show_commands`
+        and the deadlines are for playing them. ValueError: an unknown split, no root, or a root without such games.
         """
-        if split not in SPLITS:
-            raise ValueError(f"alfworld has no split {split!r}; use one of {', '.join(SPLITS)}")
+        if split not in (*SPLITS, HARD):
+            raise ValueError(f"alfworld has no split {split!r}; use one of {', '.join((*SPLITS, HARD))}")
         folder = resolve_root(root)
-        games = sorted(path.relative_to(folder).as_posix() for path in (folder / split).glob(f"*/*/{GAME_FILE}"))
-        tasks = [task_of(game) for game in games if _is_playable(folder / game)]
+        if split == HARD:
+            games = hard_games(hard_from, folder)
+        else:
+            games = sorted(path.relative_to(folder).as_posix() for path in (folder / split).glob(f"*/*/{GAME_FILE}"))
+        tasks = [task_of(game, split) for game in games if _is_playable(folder / game)]
         if not tasks:
             raise ValueError(
                 f"no playable game below {folder / split}; expected TASK-OBJECT-.../trial_.../{GAME_FILE}: "
@@ -103,17 +130,24 @@ class ALFWorld:
         task: Task,
         *,
         root: str | None = None,
+        hard_from: str | None = None,
+        show_commands: bool = False,
         reset_deadline_s: float = RESET_DEADLINE_S,
         step_deadline_s: float = STEP_DEADLINE_S,
     ) -> ALFWorldEpisode:
         """A fresh episode. ValueError where the game file or the packages are missing."""
-        game = game_path(task, root)
-        return ALFWorldEpisode(game, reset_deadline_s=reset_deadline_s, step_deadline_s=step_deadline_s)
+        return ALFWorldEpisode(
+            game_path(task, root),
+            show_commands=show_commands,
+            reset_deadline_s=reset_deadline_s,
+            step_deadline_s=step_deadline_s,
+        )
 
     @staticmethod
     def normalise(observation: str) -> str:
-        """White space collapsed. Replayed games repeat their observations to the letter, lists in one order."""
-        return " ".join(observation.split())
+        """White space collapsed, commands that are shown left out. Replayed games repeat their observations to the
+        letter, lists in one order."""
+        return " ".join(without_commands(observation).split())
 
     @classmethod
     def expert(
@@ -123,6 +157,8 @@ class ALFWorld:
         seed: int,
         mistake_rate: float = 0.0,
         root: str | None = None,
+        hard_from: str | None = None,
+        show_commands: bool = False,
         reset_deadline_s: float = RESET_DEADLINE_S,
         step_deadline_s: float = STEP_DEADLINE_S,
         kind: str = "explorer",
@@ -140,13 +176,14 @@ class ALFWorld:
         episode = ALFWorldEpisode(
             game_path(task, root),
             has_planner=kind == "planner",
+            show_commands=show_commands,
             reset_deadline_s=reset_deadline_s,
             step_deadline_s=step_deadline_s,
         )
         turns: list[DemonstrationTurn] = []
         try:
             step = Step(episode.reset())
-            explorer = Explorer(step.observation) if kind == "explorer" else None
+            explorer = Explorer(without_commands(step.observation)) if kind == "explorer" else None
             while not step.done and len(turns) < max_turns:
                 is_mistake = mistakes.strikes()
                 if is_mistake:
@@ -160,7 +197,7 @@ class ALFWorld:
                 )
                 step = episode.step(action)
                 if explorer:
-                    explorer.observe(action, step.observation)
+                    explorer.observe(action, without_commands(step.observation))
         finally:
             episode.close()
         return Demonstration(
@@ -172,7 +209,7 @@ class ALFWorld:
         )
 
 
-class ALFWorldEpisode:
+class ALFWorldEpisode(WorkerEpisode):
     """One play of one game. Between `reset` and `close` it holds an engine process.
 
     `admissible_commands` are those of the current state, sorted; `plan` is the planner's, if asked for.
@@ -183,42 +220,37 @@ class ALFWorldEpisode:
         game: Path,
         *,
         has_planner: bool = False,
+        show_commands: bool = False,
         reset_deadline_s: float = RESET_DEADLINE_S,
         step_deadline_s: float = STEP_DEADLINE_S,
     ) -> None:
+        super().__init__(KIND, reset_deadline_s=reset_deadline_s, step_deadline_s=step_deadline_s)
         self.game = game
         self.admissible_commands: list[str] = []
         self.plan: list[str] = []
-        self._has_planner = has_planner
-        self._reset_deadline_s, self._step_deadline_s = reset_deadline_s, step_deadline_s
-        self._engine: Engine | None = None
-        self._has_started = self._is_done = False
+        self._has_planner, self._show_commands = has_planner, show_commands
+        self._is_done = False
 
     def reset(self) -> str:
-        assert not self._has_started, "an episode is used once: make a new one"
-        self._has_started = True
-        self._engine = ENGINES.borrow()
-        request = {"op": "reset", "game": str(self.game), "has_planner": self._has_planner}
-        return self._call(request, self._reset_deadline_s)["observation"]
+        return self._observe(self._reset(game=str(self.game), has_planner=self._has_planner))
 
     def step(self, action: str) -> Step:
-        assert self._engine is not None and not self._is_done, "step needs reset() first and ends with done or close()"
+        assert not self._is_done, "the episode is over"
         if len(action) > MAX_ACTION_CHARS:
-            return Step("Nothing happens.", info=self._info(accepted=False))
-        answer = self._call({"op": "step", "command": action}, self._step_deadline_s)
+            return Step(self._shown("Nothing happens."), info=self._info(accepted=False))
+        answer = self._step(command=action)
         self._is_done = answer["won"]
-        info = self._info(accepted=answer["accepted"])
-        return Step(answer["observation"], reward=float(self._is_done), done=self._is_done, info=info)
+        observation = self._observe(answer)
+        return Step(
+            observation, reward=float(self._is_done), done=self._is_done, info=self._info(accepted=answer["accepted"])
+        )
 
-    def close(self) -> None:
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            ENGINES.give_back(engine)
-
-    def _call(self, request: dict[str, object], deadline_s: float) -> dict:
-        answer = self._engine.call(request, deadline_s=deadline_s)
+    def _observe(self, answer: dict[str, Any]) -> str:
         self.admissible_commands, self.plan = answer["admissible"], answer["plan"]
-        return answer
+        return self._shown(answer["observation"])
+
+    def _shown(self, observation: str) -> str:
+        return with_commands(observation, self.admissible_commands) if self._show_commands else observation
 
     def _info(self, *, accepted: bool) -> dict[str, object]:
         return {"accepted": accepted, "success": self._is_done, "admissible_commands": self.admissible_commands}
@@ -242,8 +274,38 @@ def resolve_root(root: str | None) -> Path:
     raise ValueError(f"{named} has none of the folders {', '.join(SPLITS)}; expected ALFWorld's games there")
 
 
-def task_of(game: str) -> Task:
-    """The task of a game, given by its path below the root.
+def hard_games(hard_from: str | None, folder: Path) -> list[str]:
+    """The training games that a published demonstration file lists without commands, sorted, as paths below `folder`."""
+    if not hard_from:
+        raise ValueError(
+            "alfworld's split hard is the training games without a demonstration: name the demonstration file that lists "
+            "them, with env option hard_from (the released train_expert.jsonl does)"
+        )
+    lines = msgspec.json.Decoder(PublishedGame)
+    try:
+        listed = lines.decode_lines(Path(hard_from).read_bytes())
+    except (OSError, msgspec.DecodeError) as error:
+        raise ValueError(f"hard_from {hard_from}: {error}; expected lines with game_file and actions") from error
+    games = {locate_game(line.game_file, folder, where=hard_from) for line in listed if not line.actions}
+    return sorted(game for game in games if game.startswith("train/"))
+
+
+def locate_game(game_file: str, root: Path, *, where: str) -> str:
+    """A published path as one below `root`: its longest tail that exists there; ValueError if there is none."""
+    parts = (PureWindowsPath if "\\" in game_file else PurePosixPath)(game_file).parts
+    if ".." not in parts:
+        for start in range(len(parts)):
+            tail = PurePosixPath(*parts[start:])
+            if len(tail.parts) == 4 and not tail.is_absolute() and (root / tail).is_file():
+                return str(tail)
+    raise ValueError(
+        f"{where}: no tail of game_file {game_file!r} exists below {root}; expected .../SPLIT/TASK/TRIAL/game.tw-pddl: "
+        "name the folder of these games as root"
+    )
+
+
+def task_of(game: str, split: str | None = None) -> Task:
+    """The task of a game, given by its path below the root; its split is the path's unless it is named.
 
     Example: `train/pick_heat_then_place_in_recep-Apple-None-Shelf-12/trial_T1/game.tw-pddl`
     """
@@ -251,7 +313,7 @@ def task_of(game: str) -> Task:
     return Task(
         env="alfworld",
         task_id="/".join(parts[:-1]),
-        split=parts[0],
+        split=split or parts[0],
         family=parts[1].partition("-")[0],
         payload={"game": game},
     )

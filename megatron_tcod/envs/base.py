@@ -6,10 +6,11 @@ An environment never sees tokens, turns or curricula. It is used once and thrown
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megatron_tcod.trajectory import Demonstration, Task
+from megatron_tcod.trajectory import ENV_FAULTS, Demonstration, Task
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,51 @@ class Environment(Protocol):
 
 
 class EnvironmentFault(Exception):
-    """The environment broke (crash, deadline, malformed answer). Ends the episode as `env_fault`, never the run."""
+    """The environment broke (crash, deadline, malformed answer). Ends the episode as `outcome`, never the run."""
+
+    def __init__(self, message: str, *, outcome: str = "env_fault") -> None:
+        assert outcome in ENV_FAULTS, f"{outcome} is none of {ENV_FAULTS}"
+        super().__init__(message)
+        self.outcome = outcome
+
+
+def check_observation(observation: str, *, max_bytes: int, is_last: bool = False) -> None:
+    """`EnvironmentFault` for a text that cannot be shown to a student: too long, no UTF-8, or blank before the end."""
+    if len(observation) > max_bytes:
+        raise EnvironmentFault(f"an observation of {len(observation)} characters", outcome="env_oversized")
+    try:
+        num_bytes = len(observation.encode())
+    except UnicodeEncodeError as error:
+        raise EnvironmentFault(f"an observation that is no UTF-8: {error}", outcome="env_invalid_text") from error
+    if num_bytes > max_bytes:
+        raise EnvironmentFault(f"an observation of {num_bytes} bytes; at most {max_bytes}", outcome="env_oversized")
+    if not is_last and not observation.strip():
+        raise EnvironmentFault("an empty observation", outcome="env_empty")
+
+
+COMMANDS_LABEL = "\n\nYou can: "
+
+
+def with_commands(observation: str, commands: Sequence[str], objects: Sequence[str] = ()) -> str:
+    """An observation and below it what may be done; templates of commands come with the objects to put into them.
+
+    Example: `with_commands("A door.", ["open OBJ", "wait"], ["door"])` ends in `You can: open OBJ, wait` and `OBJ: door`.
+    """
+    shown = f"{observation}{COMMANDS_LABEL}{', '.join(commands)}"
+    return f"{shown}\nOBJ: {', '.join(objects)}" if objects else shown
+
+
+def without_commands(observation: str) -> str:
+    """The observation alone."""
+    return observation.partition(COMMANDS_LABEL)[0]
 
 
 class EnvironmentFamily(Protocol):
     """A class in the table ENVS: lists its tasks, builds an episode, and says how observations are compared.
 
     A family has one set of options, and `tasks`, `make` and `expert` all take every one of them, so that a caller
-    passes the same everywhere.
+    passes the same everywhere. A family with a true attribute `blocking` waits for other processes: its episodes play
+    in threads, side by side.
     """
 
     @classmethod

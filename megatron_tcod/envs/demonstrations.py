@@ -32,13 +32,13 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
 
 from megatron_tcod.envs import load_env
-from megatron_tcod.envs.alfworld import resolve_root, task_of
+from megatron_tcod.envs.alfworld import locate_game, resolve_root, task_of
 from megatron_tcod.envs.base import EnvironmentFamily, EnvironmentFault, Step
 from megatron_tcod.trajectory import Demonstration, DemonstrationTurn, Task
 
@@ -324,17 +324,3 @@ def replay_difference(family: type[EnvironmentFamily], demonstration: Demonstrat
     if demonstration.success != bool(step.info.get("success")):
         return f"at the end: recorded success {demonstration.success}, seen {not demonstration.success}"
     return ""
-
-
-def locate_game(game_file: str, root: Path, *, where: str) -> str:
-    """A published path as one below `root`: its longest tail that exists there; ValueError if there is none."""
-    parts = (PureWindowsPath if "\\" in game_file else PurePosixPath)(game_file).parts
-    if ".." not in parts:
-        for start in range(len(parts)):
-            tail = PurePosixPath(*parts[start:])
-            if len(tail.parts) == 4 and not tail.is_absolute() and (root / tail).is_file():
-                return str(tail)
-    raise ValueError(
-        f"{where}: no tail of game_file {game_file!r} exists below {root}; expected .../SPLIT/TASK/TRIAL/game.tw-pddl: "
-        "name the folder of these games as root"
-    )

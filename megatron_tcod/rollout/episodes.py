@@ -12,12 +12,13 @@ after the environment's own `normalise`. Whatever happens ends in an `Episode` w
     diverged           an observation differed from the recorded one
     rejected_action    the environment refused a recorded action, and the recording does not show the same refusal
     no_demonstration   the window starts behind what is recorded
-    env_fault          the environment raised `EnvironmentFault`
+    env_...            the environment broke, by its own account (`EnvironmentFault`) or seen from here: an answer that is
+                       oversized, no UTF-8 or empty, or the same one whatever the student does (`trajectory.ENV_FAULTS`)
     engine_fault       the engine raised `EngineFault` for one of the episode's requests
 
 A recorded observation that is empty was never recorded (action-only files) and is not compared.
-Rows to train on (`transcript.py`) exist for `ok` only. Seeds derive from (run seed, step, task, sample, turn), so that
-an episode does not depend on which rank plays it or on what else is played.
+Rows to train on (`transcript.py`) exist for `ok` only: no turn of an episode that broke is trained. Seeds derive from
+(run seed, step, task, sample, turn), so that an episode does not depend on which rank plays it or on what else is played.
 
 It knows no tokens but through the tokenizer and no curricula: windows come in, episodes go out. Exceptions other than the
 two faults cancel the collection and propagate, and so does an engine's fault that no episode was spared.
@@ -35,7 +36,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from megatron_tcod.envs.base import Environment, EnvironmentFamily, EnvironmentFault, Step
+from megatron_tcod.envs.base import Environment, EnvironmentFamily, EnvironmentFault, Step, check_observation
 from megatron_tcod.rollout.chat import TurnTokenizer
 from megatron_tcod.rollout.engine import EngineFault, RolloutEngine, Sampling
 from megatron_tcod.rollout.prefix import plan_prefixes
@@ -69,6 +70,11 @@ class PlaySettings:
     compact_turns: int = 2
     """Past turns shown in `compact` history."""
     action_format: str = "plain"
+    max_observation_bytes: int = 1 << 18
+    """A longer observation is a fault of the environment."""
+    stuck_after: int = 10
+    """So many different accepted commands of a student in a row, all answered with one text, are a fault of the
+    environment; 0: never. Refused and repeated commands do not count: those are the student's."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -77,11 +83,12 @@ class PlaySettings:
         ):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is none of {known}")
-        for name in ("max_turns", "max_new_tokens", "max_context"):
+        for name in ("max_turns", "max_new_tokens", "max_context", "max_observation_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.compact_turns < 0:
-            raise ValueError(f"compact_turns must be at least 0, got {self.compact_turns}")
+        for name in ("compact_turns", "stuck_after"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +235,8 @@ class _Play:
         )
         self._environment: Environment | None = None
         self._observation = ""
+        self._unmoved: set[str] = set()
+        """The student's accepted commands that the present observation answered."""
         self._turns: list[Turn] = []
         self._outcome, self._end_reason, self._detail = "ok", "", ""
         self._success = False
@@ -258,6 +267,7 @@ class _Play:
                 lambda: self._table.family.make(self._assignment.task, **self._table.env_options)
             )
             self._observation = await self._table.call(self._environment.reset)
+            check_observation(self._observation, max_bytes=self._table.settings.max_observation_bytes)
             for turn in range(start):
                 await self._replay(turn, demonstration)
                 if self._end_reason:
@@ -265,7 +275,7 @@ class _Play:
             if start:
                 self._compare(start, _recorded_observation(demonstration, start))
         except EnvironmentFault as fault:
-            self._end("not_played", "env_fault", str(fault))
+            self._end("not_played", fault.outcome, str(fault))
         self._ask_unless_over(start)
 
     async def run(self) -> Episode:
@@ -274,7 +284,7 @@ class _Play:
             while self.can_answer:
                 await self._student_turn(len(self._turns))
         except EnvironmentFault as fault:
-            self._end("not_played", "env_fault", str(fault))
+            self._end("not_played", fault.outcome, str(fault))
         except EngineFault as fault:
             logger.warning("%s, sample %d: %s", self._assignment.task.task_id, self._assignment.sample, fault)
             self._end("not_played", "engine_fault", f"{type(fault).__name__}: {fault}")
@@ -317,7 +327,7 @@ class _Play:
             return
         self._transcript.observe(turn, self._observation)
         ids = self._transcript.answer_recorded(turn, recorded.text, recorded.action, recorded.token_ids)
-        answer = await self._table.call(lambda: self._environment.step(recorded.action))
+        answer = await self._step(recorded.action)
         self._note_turn(turn, "teacher", recorded, answer, token_ids=ids)
         following = _recorded_observation(demonstration, turn + 1)
         was_refused_then = bool(following) and self._is_same(answer.observation, following)
@@ -351,7 +361,8 @@ class _Play:
             cached_tokens=completion.cached_tokens,
         )
         try:
-            answer = await table.call(lambda: self._environment.step(recorded.action))
+            answer = await self._step(recorded.action)
+            self._check_that_it_moves(recorded.action, answer)
         except EnvironmentFault:
             self._note_turn(turn, "student", recorded, Step(""), **sampled)
             raise
@@ -361,6 +372,21 @@ class _Play:
             self._success = bool(answer.info.get("success", False))
             self._end("done")
         self._ask_unless_over(turn + 1)
+
+    async def _step(self, action: str) -> Step:
+        answer = await self._table.call(lambda: self._environment.step(action))
+        max_bytes = self._table.settings.max_observation_bytes
+        check_observation(answer.observation, max_bytes=max_bytes, is_last=answer.done)
+        return answer
+
+    def _check_that_it_moves(self, action: str, answer: Step) -> None:
+        if answer.observation != self._observation:
+            self._unmoved.clear()
+        if answer.info.get("accepted", True):
+            self._unmoved.add(action)
+        if 0 < self._table.settings.stuck_after <= len(self._unmoved) and not answer.done:
+            said = f"{len(self._unmoved)} different commands, one answer: {answer.observation[:200]!r}"
+            raise EnvironmentFault(said, outcome="env_stuck")
 
     def _ask_unless_over(self, turn: int) -> None:
         """Put the newest observation before the student, unless the episode ended or `turn` is not the student's."""

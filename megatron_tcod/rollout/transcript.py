@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_tcod.envs.base import without_commands
 from megatron_tcod.rollout.chat import TurnTokenizer
 from megatron_tcod.rollout.engine import Completion
 from megatron_tcod.trajectory import TokenRow
@@ -37,15 +38,16 @@ def compact_observation(task_text: str, past: Sequence[tuple[str, str]], observa
 
     `past` holds (observation, action) of all turns so far, oldest first; numbers count turns from 1. Observation 1 is not
     repeated under the task text. On the first turn the task text is all there is. (The released code leaves the task out
-    of the second prompt; this does not.)
+    of the second prompt; this does not.) Commands that an environment shows are left where they are of use, below the
+    current observation.
     """
     if not past:
         return task_text
-    lines = [task_text, ""]
+    lines = [without_commands(task_text), ""]
     for index in range(max(len(past) - num_past, 0), len(past)):
         seen, action = past[index]
         if index > 0:
-            lines.append(f"Observation {index + 1}: {seen}")
+            lines.append(f"Observation {index + 1}: {without_commands(seen)}")
         lines.append(f"Action {index + 1}: {action}")
     lines.append(f"Observation {len(past) + 1}: {observation}")
     return "\n".join(lines)
