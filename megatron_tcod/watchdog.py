@@ -121,13 +121,21 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:
-        """A rank that leaves in good order says so; one that fails falls silent and is found."""
+        """A rank that leaves in good order says so; one that fails falls silent and is found.
+
+        Where another rank has left by a verdict, this one may first see a broken connection: then the verdict is the reason.
+        """
         self._is_ending.set()
         self._thread.join()
-        if kind is None:
-            self._report = self._report | {"is_done": True}
-            with contextlib.suppress(RuntimeError):  # the store may be gone already with the host of rank 0
+        verdict = ""
+        with contextlib.suppress(RuntimeError):  # the store may be gone already with the host of rank 0
+            if kind is None:
+                self._report = self._report | {"is_done": True}
                 self._publish(beat=-1)
+            elif self._store.check(["verdict"]):
+                verdict = self._store.get("verdict").decode()
+        if verdict:
+            self._end(verdict)
 
     def _watch(self) -> None:
         beat, before = 0, time.monotonic()

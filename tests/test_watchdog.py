@@ -101,6 +101,15 @@ def test_a_rank_that_fails_with_an_exception_is_found_like_a_dead_one(world):
     assert job.wait([0]).startswith("rank 1 ")
 
 
+def test_a_connection_that_breaks_because_of_a_verdict_is_told_as_the_verdict(world, capsys):
+    job = world(2)
+    job._store.set("verdict", "rank 7 is dead")
+    with pytest.raises(ConnectionError), job.ranks[1]:
+        job.ranks[1]._is_ending.set()  # its thread has not looked yet
+        raise ConnectionError
+    assert job.left == {1: EXIT_HUNG} and "error (rank 1): rank 7 is dead; the job ends" in capsys.readouterr().err
+
+
 def test_a_job_that_moves_is_not_stalled_and_one_that_stops_is(world):
     job = world(3, stall_seconds=1.0)
     for rank in job.ranks:
