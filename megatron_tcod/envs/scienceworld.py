@@ -290,8 +290,10 @@ class ScienceWorldEpisode(WorkerEpisode):
         self._shown = (answer["commands"], answer["objects"])
         score = answer["score"]
         self._is_done = answer["completed"] or score < 0
-        reward, self._score = max(score, 0.0) - self._score, max(score, 0.0)
         is_accepted = not answer["observation"].startswith(REFUSAL)
+        reward = 0.0
+        if is_accepted:  # the simulator looks at the score with every command; what it finds is the next accepted one's
+            reward, self._score = max(score, 0.0) - self._score, max(score, 0.0)
         return Step(
             self._show(answer["observation"]),
             reward=reward,

@@ -60,8 +60,10 @@ def test_each_way_to_break_is_an_outcome_and_trains_nothing(tokenizer):
             continue
         assert episode.end_reason == "not_played" and not episode.success and episode.detail
         assert sum(sum(row.loss_mask) for row in episode.rows) == 0, "loss mask 0 on all turns of it"
-        turns = {"env_crash_reset": 0, "env_stuck": 6}.get(episode.outcome, 3)  # the faulted turn is kept, as it was
-        assert len(episode.turns) == turns
+        if episode.outcome == "env_stuck":  # at the fourth different command; the engine deals them out over all episodes
+            assert len({turn.action for turn in episode.turns}) == 4
+        else:
+            assert len(episode.turns) == (0 if episode.outcome == "env_crash_reset" else 3), "the faulted turn is kept"
         assert max((len(turn.observation) for turn in episode.turns), default=0) < 100
     WORKERS.close()
 
