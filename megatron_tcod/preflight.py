@@ -8,6 +8,7 @@ instead of a traceback per rank. It reads configurations, tokenizers and demonst
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -222,16 +223,16 @@ def check_context(role: str, config: Config, shape: ModelShape) -> None:
 def check_run_directory(config: Config) -> None:
     """A run directory of another model is found before the ranks load it. Damaged checkpoints are left to the resume,
     which falls back to an intact one."""
-    _, shape = read_model("student", config.model.student)
+    shape = dataclasses.asdict(read_model("student", config.model.student)[1])
     states = sorted((Path(config.training.save) / "checkpoints").glob("step_*/state.json"))
     for path in states[-1:]:
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))["shape"]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
             continue
-        odd = [name for name, value in saved.items() if getattr(shape, name, value) != value]
+        odd = [name for name, value in saved.items() if shape.get(name, value) != value]
         if odd:
-            told = ", ".join(f"{name} is {saved[name]} there and {getattr(shape, name)} in the student" for name in odd)
+            told = ", ".join(f"{name} is {saved[name]} there and {shape[name]} in the student" for name in odd)
             raise ValueError(
                 f"save = {config.training.save} holds a checkpoint of another model: {told}; "
                 f"give --save an empty directory or --student the model it was made with"

@@ -57,3 +57,4 @@ def test_a_step_trains_what_the_engine_plays_and_the_checkpoint_loads_in_transfo
     after = load_file(tmp_path / "saved" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all((before[name] != after[name]).any() for name in before)
+    assert main([*run_flags, *flags, "--train-iters", "3"]) == 0, "it resumes"
