@@ -201,20 +201,23 @@ def layout_of(config: ParallelConfig) -> ParallelLayout:
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
         sequence_parallel=config.sequence_parallel,
     )
 
 
 def teacher_layout_of(config: ParallelConfig) -> ParallelLayout | None:
     """The teacher's own layout, or None where it is cut like the student."""
-    student = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    tp = config.teacher_tensor_model_parallel_size or student[0]
-    pp = config.teacher_pipeline_model_parallel_size or student[1]
-    if (tp, pp) == student:
+    kinds = ("tensor", "pipeline", "expert")
+    student = [getattr(config, f"{kind}_model_parallel_size") for kind in kinds]
+    own = [getattr(config, f"teacher_{kind}_model_parallel_size") for kind in kinds]
+    tp, pp, ep = [size or default for size, default in zip(own, student, strict=True)]
+    if [tp, pp, ep] == student:
         return None
     return ParallelLayout(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
         sequence_parallel=config.sequence_parallel and tp > 1,
     )
 

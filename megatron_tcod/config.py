@@ -66,6 +66,8 @@ class ParallelConfig:
     """Model chunks per pipeline rank for the interleaved schedule."""
     context_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share the tokens of each microbatch."""
+    expert_model_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share the experts of each layer; divides the ranks that hold the same weights (cp x dp)."""
     sequence_parallel: bool = False
     """Tensor-parallel ranks share the tokens between a layer's matrix products."""
     use_distributed_optimizer: bool = False
@@ -79,6 +81,8 @@ class ParallelConfig:
     teacher_tensor_model_parallel_size: int | None = Field(default=None, ge=1)
     """The teacher's own; by default the student's."""
     teacher_pipeline_model_parallel_size: int | None = Field(default=None, ge=1)
+    """The teacher's own; by default the student's."""
+    teacher_expert_model_parallel_size: int | None = Field(default=None, ge=1)
     """The teacher's own; by default the student's."""
     teacher_offload: bool = False
     """Keep the teacher's weights in host memory but while it scores."""

@@ -38,12 +38,15 @@ class Layout:
     pp: int = 1
     cp: int = 1
     dp: int = 1
+    ep: int = 1
+    """Of the cp * dp ranks that hold the same weights, those that share out the experts."""
     chunks: int = 1
     """Model chunks per pipeline rank."""
     sequence_parallel: bool = False
     teacher_tp: int | None = None
     """The teacher's own, over the same ranks; by default the student's."""
     teacher_pp: int | None = None
+    teacher_ep: int | None = None
 
     @property
     def world(self) -> int:
@@ -52,16 +55,21 @@ class Layout:
     @property
     def of_teacher(self) -> Layout:
         """The teacher's; the student's where it has none of its own."""
-        tp, pp = self.teacher_tp or self.tp, self.teacher_pp or self.pp
-        if (tp, pp) == (self.tp, self.pp):
+        tp, pp, ep = self.teacher_tp or self.tp, self.teacher_pp or self.pp, self.teacher_ep or self.ep
+        if (tp, pp, ep) == (self.tp, self.pp, self.ep):
             return self
-        return Layout(tp=tp, pp=pp, dp=self.world // (tp * pp), sequence_parallel=self.sequence_parallel and tp > 1)
+        is_parallel = self.sequence_parallel and tp > 1
+        return Layout(tp=tp, pp=pp, ep=ep, dp=self.world // (tp * pp), sequence_parallel=is_parallel)
 
     @property
     def told(self) -> str:
         own = self.of_teacher
-        teacher = "" if own is self else f", teacher tp {own.tp}, pp {own.pp}"
-        return f"tp {self.tp}, pp {self.pp}, cp {self.cp}, dp {self.dp}{teacher}"
+        teacher = "" if own is self else f", teacher tp {own.tp}, pp {own.pp}" + own._told_experts
+        return f"tp {self.tp}, pp {self.pp}, cp {self.cp}, dp {self.dp}{self._told_experts}{teacher}"
+
+    @property
+    def _told_experts(self) -> str:
+        return f", ep {self.ep}" if self.ep > 1 else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +164,10 @@ class Device:
     fp32_slowdown: float = 2.0
     """Of products with fp32 weights; TF32 on a GPU."""
 
+    def way(self, ranks: int) -> float:
+        """Bytes a second between neighbouring `ranks`."""
+        return self.link if ranks <= self.per_node else self.network
+
 
 DEVICES = {
     "a100": Device(memory=80 * 2**30, flops=312e12, bandwidth=2.0e12, link=300e9, network=25e9, per_node=8),
@@ -213,8 +225,8 @@ class Phase:
     seconds: float
 
 
-def layer_parameters(shape: ModelShape, tp: int = 1, *, of_one_token: bool = False) -> int:
-    """Of one layer on one tensor-parallel rank; all of them, or those that a token is multiplied with."""
+def layer_parameters(shape: ModelShape, tp: int = 1, ep: int = 1, *, of_one_token: bool = False) -> int:
+    """Of one layer on one tensor- and expert-parallel rank; all of them, or those that a token is multiplied with."""
     heads, groups, width, hidden = shape.num_attention_heads, shape.num_query_groups, shape.kv_channels, shape.hidden_size
     qkv = hidden * (heads + 2 * groups) * width // tp
     bias = (heads + 2 * groups) * width // tp if shape.add_qkv_bias else 0
@@ -222,17 +234,25 @@ def layer_parameters(shape: ModelShape, tp: int = 1, *, of_one_token: bool = Fal
     if (experts := shape.experts) is None:
         mlp = 3 * hidden * shape.ffn_hidden_size // tp
     else:
-        count = experts.num_experts_per_token if of_one_token else experts.num_experts
-        mlp = hidden * experts.num_experts + count * (3 * hidden * experts.ffn_hidden_size // tp)
+        held = expert_parameters(shape, tp, ep)
+        met = experts.num_experts_per_token * (held // (experts.num_experts // ep))
+        mlp = hidden * experts.num_experts + (met if of_one_token else held)
     return qkv + bias + heads * width * hidden // tp + mlp + norms
 
 
-def stage_parameters(shape: ModelShape, tp: int, pp: int, stage: int) -> int:
+def expert_parameters(shape: ModelShape, tp: int, ep: int) -> int:
+    """Of the experts of one layer that a rank holds, without the router."""
+    if (experts := shape.experts) is None:
+        return 0
+    return experts.num_experts // ep * (3 * shape.hidden_size * experts.ffn_hidden_size // tp)
+
+
+def stage_parameters(shape: ModelShape, tp: int, pp: int, stage: int, ep: int = 1) -> int:
     """On one rank of a pipeline stage. A tied head on a last stage that is not the first is a copy."""
     vocabulary = padded_vocab_size(shape.vocab_size, tp) // tp * shape.hidden_size
     is_first, is_last = stage == 0, stage == pp - 1
     has_head = is_last and not (shape.tie_word_embeddings and is_first)
-    layers = shape.num_layers // pp * layer_parameters(shape, tp)
+    layers = shape.num_layers // pp * layer_parameters(shape, tp, ep)
     return layers + is_first * vocabulary + has_head * vocabulary + is_last * shape.hidden_size
 
 
@@ -316,7 +336,9 @@ def _stage_memory(
     kind: str,
 ) -> MemoryUse:
     is_last = stage == layout.pp - 1
-    parameters = stage_parameters(student, layout.tp, layout.pp, stage)
+    parameters = stage_parameters(student, layout.tp, layout.pp, stage, layout.ep)
+    shared = student.num_layers // layout.pp * expert_parameters(student, layout.tp, layout.ep)
+    stepped = (parameters + (layout.ep - 1) * shared) / (layout.dp * layout.cp)  # experts are on fewer ranks
     copies = MOMENT_BYTES + (4 if numerics.weight_bytes == 2 else 0)
     tokens, count = workload.microbatch(layout), workload.microbatches(layout)
     trained = tokens * workload.trained / workload.tokens
@@ -324,7 +346,7 @@ def _stage_memory(
     if teacher is not None:
         own = layout.of_teacher
         cuts = [stage] if own is layout else [0, own.pp - 1]  # in another layout a rank may hold any stage
-        teachers = numerics.weight_bytes * max(stage_parameters(teacher, own.tp, own.pp, cut) for cut in cuts)
+        teachers = numerics.weight_bytes * max(stage_parameters(teacher, own.tp, own.pp, cut, own.ep) for cut in cuts)
         targets = workload.trained / layout.dp * teacher.hidden_size * numerics.weight_bytes if is_last else 0.0
         head = numerics.weight_bytes * padded_vocab_size(teacher.vocab_size, layout.tp) // layout.tp * teacher.hidden_size
         is_copied = numerics.is_teacher_offloaded or own is not layout  # the head, cut as the student's
@@ -335,7 +357,7 @@ def _stage_memory(
     return MemoryUse(
         weights=numerics.weight_bytes * parameters,
         gradients=GRADIENT_BYTES * parameters,
-        optimizer=copies * parameters / (layout.dp * layout.cp if numerics.is_optimizer_sharded else 1),
+        optimizer=copies * (stepped if numerics.is_optimizer_sharded else parameters),
         activations=activation_bytes(
             student, layout, numerics, tokens, in_flight=min(layout.pp - stage, count), stage=stage
         ),
@@ -370,6 +392,15 @@ def layer_traffic(shape: ModelShape, layout: Layout, numerics: Numerics, tokens:
     return tensor + pipeline + context
 
 
+def expert_traffic(shape: ModelShape, layout: Layout, numerics: Numerics, tokens: float) -> float:
+    """Bytes a rank sends in a forward pass to other ranks' experts, and their answers back."""
+    if shape.experts is None:
+        return 0.0
+    spread = layout.cp * (layout.tp if layout.sequence_parallel else 1)
+    sent = shape.experts.num_experts_per_token * shape.hidden_size * numerics.weight_bytes * tokens / spread
+    return 2 * shape.num_layers / layout.pp * (layout.ep - 1) / layout.ep * sent
+
+
 def step_phases(
     student: ModelShape,
     teacher: ModelShape | None,
@@ -382,34 +413,38 @@ def step_phases(
     """rollout, teacher, train and weights, in the order of a step; the phases do not overlap."""
     phases = {"rollout": rollout_phase(student, workload, serving, DEVICES["cpu"] if serving.is_on_host else device)}
     slow = device.fp32_slowdown if numerics.weight_bytes == 4 else 1.0
-    fast = device.link if layout.tp * layout.cp <= device.per_node else device.network
+    fast = device.way(layout.tp * layout.cp)
     count = workload.microbatches(layout)
     idle = (layout.pp - 1) / (count * layout.chunks + layout.pp - 1)  # of a pipeline that fills and empties
     of_replica = workload.tokens / layout.dp
     if teacher is not None:
         flops = forward_flops(teacher, workload.tokens, workload.row_tokens)
         own = layout.of_teacher
-        sent = layer_traffic(teacher, own, numerics, workload.tokens / own.dp)
+        sent, moved = (each(teacher, own, numerics, workload.tokens / own.dp) for each in (layer_traffic, expert_traffic))
         waiting = 1 - (own.pp - 1) / (workload.microbatches(own) * own.chunks + own.pp - 1)
         seconds = flops * slow / layout.world / device.flops / device.forward_efficiency / waiting
-        phases["teacher"] = Phase(flops=flops, sent=sent, seconds=seconds + sent / fast / device.copy_efficiency)
+        seconds += (sent / fast + moved / device.way(own.tp * own.ep)) / device.copy_efficiency
+        phases["teacher"] = Phase(flops=flops, sent=sent + moved, seconds=seconds)
     passes = 4 if numerics.recompute == "full" else 3
     heads = 3 * head_flops(student, workload.trained) + (head_flops(teacher, workload.trained) if teacher else 0)
     layers = passes * forward_flops(student, workload.tokens, workload.row_tokens)
     trained = workload.trained / layout.dp / layout.cp
     inner = (passes - 1) * layer_traffic(student, layout, numerics, of_replica)
+    moved = (passes - 1) * expert_traffic(student, layout, numerics, of_replica)
     inner += (layout.tp - 1) / layout.tp * trained * (2 * 4 * student.hidden_size + SUMS_BYTES * layout.tp)
     replicas = layout.dp * layout.cp
-    parameters = max(stage_parameters(student, layout.tp, layout.pp, stage) for stage in (0, layout.pp - 1))
+    parameters = max(stage_parameters(student, layout.tp, layout.pp, stage, layout.ep) for stage in (0, layout.pp - 1))
+    shared = student.num_layers // layout.pp * expert_parameters(student, layout.tp, layout.ep)
     width = GRADIENT_BYTES + numerics.weight_bytes if numerics.is_optimizer_sharded else 2 * GRADIENT_BYTES
-    outer = width * (replicas - 1) / replicas * parameters
-    wide = device.link if layout.world <= device.per_node else device.network
+    outer = width * ((replicas - 1) * parameters - (layout.ep - 1) * shared) / replicas
+    wide = device.way(layout.world)
     # The last stage alone computes the heads: the others wait for it.
     seconds = (layers / layout.world + heads / (layout.world / layout.pp)) * slow / device.flops / device.train_efficiency
-    seconds = seconds / (1 - idle) + (inner / fast + outer / wide) / device.copy_efficiency
-    phases["train"] = Phase(flops=layers + heads, sent=inner + outer, seconds=seconds)
+    sending = inner / fast + moved / device.way(layout.tp * layout.ep) + outer / wide
+    seconds = seconds / (1 - idle) + sending / device.copy_efficiency
+    phases["train"] = Phase(flops=layers + heads, sent=inner + moved + outer, seconds=seconds)
     whole = numerics.weight_bytes * num_parameters(student)
-    ways = device.link if layout.tp * layout.pp <= device.per_node else device.network
+    ways = device.way(layout.tp * layout.pp)
     phases["weights"] = Phase(flops=0.0, sent=whole, seconds=whole / ways / device.copy_efficiency)
     return phases
 

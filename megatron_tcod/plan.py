@@ -37,7 +37,7 @@ from megatron_tcod.cost_model import (
 )
 from megatron_tcod.journal import read_journal
 from megatron_tcod.model.build import check_layout
-from megatron_tcod.model.parallel import ParallelLayout
+from megatron_tcod.model.parallel import ParallelLayout, check_world_size
 from megatron_tcod.model.shape import ModelShape
 from megatron_tcod.preflight import read_model
 from megatron_tcod.serving import is_teacher_served
@@ -135,19 +135,32 @@ def layouts(question: Question, gpus: int) -> Iterator[Layout]:
     for tp in (size for size in (1, 2, 4, 8) if size <= question.device.per_node):
         for pp in range(1, min(question.student.num_layers, 32) + 1):
             dp, rest = divmod(gpus, tp * pp)
-            layout = Layout(tp=tp, pp=pp, dp=dp, sequence_parallel=question.sequence_parallel and tp > 1)
-            if not rest and dp <= question.workload.episodes and is_possible(question, layout):
-                yield layout
+            if rest or dp > question.workload.episodes:
+                continue
+            for ep in expert_sizes(question.student, dp):
+                layout = Layout(tp=tp, pp=pp, dp=dp, ep=ep, sequence_parallel=question.sequence_parallel and tp > 1)
+                if is_possible(question, layout):
+                    yield layout
+
+
+def expert_sizes(student: ModelShape, dp: int) -> list[int]:
+    """1, and with experts the powers of two that divide the replicas."""
+    most = student.experts.num_experts if student.experts else 1
+    return [ep for ep in (2**power for power in range(most.bit_length())) if dp % ep == 0]
 
 
 def is_possible(question: Question, layout: Layout) -> bool:
     try:
         for shape, part in ((question.student, layout), (question.teacher, layout.of_teacher)):
             if shape is not None:
-                check_layout(
-                    shape,
-                    ParallelLayout(tensor_model_parallel_size=part.tp, pipeline_model_parallel_size=part.pp),
+                own = ParallelLayout(
+                    tensor_model_parallel_size=part.tp,
+                    pipeline_model_parallel_size=part.pp,
+                    context_parallel_size=part.cp,
+                    expert_model_parallel_size=part.ep,
                 )
+                check_layout(shape, own)
+                check_world_size(own, layout.world)
     except ValueError:
         return False
     return True
@@ -159,7 +172,8 @@ def choose(question: Question, gpus: int) -> Answer | None:
     if not fitting:
         return None
     bound = 1.01 * min(one.seconds for one in fitting)
-    return min((one for one in fitting if one.seconds <= bound), key=lambda one: (one.layout.tp * one.layout.pp, one.seconds))
+    close = (one for one in fitting if one.seconds <= bound)
+    return min(close, key=lambda one: (one.layout.tp * one.layout.pp * one.layout.ep, one.seconds))
 
 
 def workload_of(config: Config, options: argparse.Namespace) -> tuple[Workload, str]:
@@ -259,13 +273,15 @@ def configured(config: Config, question: Question, gpus: int) -> Answer | str:
         pp=pp,
         cp=cp,
         dp=dp,
+        ep=parallel.expert_model_parallel_size,
         chunks=parallel.virtual_pipeline_model_parallel_size or 1,
         sequence_parallel=question.sequence_parallel and tp > 1,
         teacher_tp=parallel.teacher_tensor_model_parallel_size,
         teacher_pp=parallel.teacher_pipeline_model_parallel_size,
+        teacher_ep=parallel.teacher_expert_model_parallel_size,
     )
     if not is_possible(question, layout):
-        return f"{layout.told} does not divide the models' heads and layers"
+        return f"{layout.told} does not divide the models' heads, layers and experts, or the ranks"
     return answer(question, layout, servers=dp * config.sglang.servers_per_replica)
 
 

@@ -8,6 +8,7 @@ instead of a traceback per rank. It reads configurations, tokenizers and demonst
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -70,6 +71,7 @@ def preflight(config: Config, *, world_size: int | None) -> list[str]:
         check_weights(config.model.teacher, family, teacher)
         check_context("teacher", config, teacher)
         check_layout("teacher", teacher, teacher_layout or layout)
+        check_teacher_experts(config, teacher)
         check_same_tokenizer(tokenizer, tokenizer_of(config, config.model.teacher))
         check_vocabulary("teacher", teacher, tokenizer)
     environment = load_env(config.environment.env)
@@ -91,10 +93,10 @@ def preflight(config: Config, *, world_size: int | None) -> list[str]:
     lines.append(f"curriculum {config.curriculum.curriculum}: k {depths[0]} -> {depths[1]}")
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     cp = f"cp {layout.context_parallel_size}, " if layout.context_parallel_size > 1 else ""
-    lines.append(f"layout: tp {tp}, pp {pp}, {cp}dp {'as launched' if dp is None else dp}")
+    lines.append(f"layout: tp {tp}, pp {pp}, {cp}dp {'as launched' if dp is None else dp}{experts_over(layout)}")
     if teacher_layout is not None:
         tp, pp = teacher_layout.tensor_model_parallel_size, teacher_layout.pipeline_model_parallel_size
-        lines.append(f"teacher's layout: tp {tp}, pp {pp}")
+        lines.append(f"teacher's layout: tp {tp}, pp {pp}{experts_over(teacher_layout)}")
     if config.parallel.teacher_offload:
         cost = "" if torch.cuda.is_available() else "; without CUDA they are there anyway and nothing is copied"
         lines.append(f"teacher's weights: in host memory but while it scores{cost}")
@@ -133,6 +135,11 @@ def describe(shape: ModelShape) -> str:
     )
 
 
+def experts_over(layout: ParallelLayout) -> str:
+    ep = layout.expert_model_parallel_size
+    return f", experts over {ep} of the ranks with the same weights" if ep > 1 else ""
+
+
 def check_layout(role: str, shape: ModelShape, layout: ParallelLayout) -> None:
     """tp divides heads and widths, pp divides layers."""
     tp = layout.tensor_model_parallel_size
@@ -142,7 +149,7 @@ def check_layout(role: str, shape: ModelShape, layout: ParallelLayout) -> None:
                 f"{role} {field} = {getattr(shape, field)} is not divisible by tensor_model_parallel_size = {tp}; "
                 f"choose a tensor_model_parallel_size that divides it"
             )
-    check_experts(shape, layout)
+    check_experts(shape, layout, whose=f"the {role}'s")
     if role == "student":
         check_trainable(shape, layout)
     chunks = layout.pipeline_model_parallel_size * (layout.virtual_pipeline_model_parallel_size or 1)
@@ -173,12 +180,26 @@ def check_teacher_world_size(layout: ParallelLayout, world_size: int) -> None:
             f"teacher_tensor_model_parallel_size {tp} x teacher_pipeline_model_parallel_size {pp} does not divide the "
             f"world of {world_size} ranks that it shares with the student; change one of them or start other ranks"
         )
+    ep, dp = layout.expert_model_parallel_size, world_size // layout.model_parallel_size
+    if dp % ep:
+        raise ValueError(
+            f"teacher_expert_model_parallel_size {ep} (the student's where unset) does not divide the {dp} replicas of the "
+            f"teacher in a world of {world_size} ranks (tp {tp}, pp {pp}); choose a divisor, 1 for a teacher without experts"
+        )
+
+
+def check_teacher_experts(config: Config, teacher: ModelShape) -> None:
+    ep = config.parallel.teacher_expert_model_parallel_size or 1
+    if ep > 1 and teacher.experts is None:
+        raise ValueError(
+            f"teacher_expert_model_parallel_size {ep} shares out experts and the teacher has none; set it to 1"
+        )
 
 
 def check_served_teacher(config: Config) -> None:
     """A server knows nothing of these settings, and scores whole rows."""
-    ours = ("teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size", "teacher_offload")
-    for name in ours:
+    kinds = ("tensor", "pipeline", "expert")
+    for name in (*(f"teacher_{kind}_model_parallel_size" for kind in kinds), "teacher_offload"):
         if getattr(config.parallel, name):
             raise ValueError(
                 f"{name} = {getattr(config.parallel, name)} is about a teacher in these processes, but teacher = "
@@ -222,16 +243,16 @@ def check_context(role: str, config: Config, shape: ModelShape) -> None:
 def check_run_directory(config: Config) -> None:
     """A run directory of another model is found before the ranks load it. Damaged checkpoints are left to the resume,
     which falls back to an intact one."""
-    _, shape = read_model("student", config.model.student)
+    shape = dataclasses.asdict(read_model("student", config.model.student)[1])
     states = sorted((Path(config.training.save) / "checkpoints").glob("step_*/state.json"))
     for path in states[-1:]:
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))["shape"]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
             continue
-        odd = [name for name, value in saved.items() if getattr(shape, name, value) != value]
+        odd = [name for name, value in saved.items() if shape.get(name, value) != value]
         if odd:
-            told = ", ".join(f"{name} is {saved[name]} there and {getattr(shape, name)} in the student" for name in odd)
+            told = ", ".join(f"{name} is {saved[name]} there and {shape[name]} in the student" for name in odd)
             raise ValueError(
                 f"save = {config.training.save} holds a checkpoint of another model: {told}; "
                 f"give --save an empty directory or --student the model it was made with"

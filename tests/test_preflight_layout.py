@@ -36,6 +36,15 @@ def refused(argv):
             2,
             "teacher_tensor_model_parallel_size 2 x teacher_pipeline_model_parallel_size 3 does not divide the world of 2",
         ),
+        (["--expert-model-parallel-size", "0"], None, "--expert-model-parallel-size: Input should be greater than or equal"),
+        (["--expert-model-parallel-size", "2"], 2, "expert_model_parallel_size 2 shares out experts and the trained model"),
+        (["--expert-model-parallel-size", "3"], 4, "expert_model_parallel_size 3 does not divide the 4 ranks of the world"),
+        (["--teacher-expert-model-parallel-size", "2"], 2, "shares out experts and the teacher has none; set it to 1"),
+        (
+            ["--teacher-expert-model-parallel-size", "2"],
+            3,
+            "teacher_expert_model_parallel_size 2 (the student's where unset) does not divide the 3 replicas of the teacher",
+        ),
         (["--context-parallel-size", "2"], 3, r"world size 3 != tp 1 * pp 1 * cp 2 * dp"),
     ],
 )
@@ -46,7 +55,10 @@ def test_parallel_settings_that_cannot_work(run_flags, monkeypatch, flags, world
     assert message in refused([*run_flags, *flags, "--dry-run"])
 
 
-@pytest.mark.parametrize("flag", [["--teacher-offload"], ["--teacher-tensor-model-parallel-size", "2"]])
+@pytest.mark.parametrize(
+    "flag",
+    [["--teacher-offload"], ["--teacher-tensor-model-parallel-size", "2"], ["--teacher-expert-model-parallel-size", "2"]],
+)
 def test_settings_of_a_local_teacher_with_one_behind_a_server(run_flags, flag):
     flags = ["--teacher", "sglang", "--teacher-url", "http://127.0.0.1:9", *flag]
     message = refused([*run_flags, *flags, "--dry-run"])

@@ -1,9 +1,10 @@
-"""Students and teachers of other families than the quickstart's, through the whole system in one process."""
+"""Students and teachers of other families than the quickstart's, through the whole system."""
 
 import json
 import shutil
 
 import pytest
+from forked_runs import RunServer
 
 from megatron_tcod.journal import read_journal
 from megatron_tcod.train import main
@@ -57,3 +58,22 @@ def test_a_step_trains_what_the_engine_plays_and_the_checkpoint_loads_in_transfo
     after = load_file(tmp_path / "saved" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all((before[name] != after[name]).any() for name in before)
+    assert main([*run_flags, *flags, "--train-iters", "3"]) == 0, "it resumes"
+
+
+def test_two_ranks_that_share_the_experts_train_what_their_engines_play_and_one_process_goes_on(
+    household_models, run_flags, tmp_path
+):
+    for seed, name in enumerate(("student", "teacher")):
+        remade(household_models / name, tmp_path / name, EXPERTS, seed=seed)
+    flags = ["--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher"), "--no-eval-at-end"]
+    with RunServer(tmp_path) as server:
+        shared = ["--expert-model-parallel-size", "2", "--use-distributed-optimizer", "--train-iters", "2"]
+        run = server.start([*run_flags, *flags, *shared], num_ranks=2)
+        assert run.wait(300) == [0, 0], run.said()
+        run = server.start([*run_flags, *flags, "--train-iters", "3"])
+        assert run.wait(300) == [0], run.said()
+    records = list(read_journal(tmp_path / "run" / "metrics.jsonl").records)
+    assert [record["weights/version"] for record in records] == [0, 1, 2]
+    gaps = [record["logprob/rollout_gap"] for record in records]
+    assert max(gaps) < 1e-4, "each step was sampled with the weights that it trained"

@@ -6,7 +6,8 @@
 
 A `ModelShape` says all that matters about an architecture without naming Megatron. Weights are drawn per parameter
 name, so one seed gives one model in every layout. Experts run one after the other (Megatron's SequentialMLP), every
-rank holding its tensor-parallel part of all of them. Sliding windows and Transformer Engine layers are not built here.
+rank holding its tensor-parallel part of its expert-parallel share of them. Sliding windows and Transformer Engine layers
+are not built here.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ def transformer_config(
         recompute_num_layers=recompute.num_layers,
         variable_seq_lengths=True,  # microbatches differ in T; the config check ties it to the alltoall dispatcher
         moe_token_dispatcher_type="alltoall",
-        **expert_options(shape),
+        **expert_options(shape, layout),
         overlap_p2p_comm=interleaved,  # interleaving without it receives wrong tensors in silence
         batch_p2p_comm=not interleaved,
         calculate_per_token_loss=True,  # loss_weight already normalises: no division by data-parallel size
@@ -248,17 +249,21 @@ def unwrap(chunk: torch.nn.Module) -> GPTModel:
 
 
 def named_parameters(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters under their name in the whole model: layers are counted over all stages.
+    """This rank's parameters under their name in the whole model: layers are counted over all stages, and experts over all
+    expert-parallel ranks.
 
     The output layer of a tied model is a copy of the embedding on a last stage that is not the first; it appears there
     as `output_layer.weight`.
     """
     for chunk in map(unwrap, chunks):
-        numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         for name, parameter in chunk.named_parameters():
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
-                parts[2] = str(numbers[int(parts[2])])
+                layer = chunk.decoder.layers[int(parts[2])]
+                parts[2] = str(layer.layer_number - 1)
+                if "local_experts" in parts:
+                    place = parts.index("local_experts") + 1
+                    parts[place] = str(layer.mlp.local_expert_indices[int(parts[place])])
             yield ".".join(parts), parameter
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import megatron.core
 import torch
+import torch.distributed as dist
 
 TESTED_VERSIONS = ("0.16.1",)
 """megatron-core versions whose CUDA call sites were read and run on a CPU."""
@@ -26,7 +27,8 @@ TESTED_VERSIONS = ("0.16.1",)
 SITES = {
     "utils": "GlobalMemoryBuffer and the l2 norm allocate on torch.cuda.current_device()",
     "tensor_parallel.layers": "sequence parallelism allocates the scattered gradient of a layer's input",
-    "tensor_parallel.mappings": "sequence parallelism and tp beyond the key-value heads gather into new tensors",
+    "tensor_parallel.mappings": "sequence parallelism and tp beyond the key-value heads gather into new tensors; expert "
+    "parallelism under tp gathers parts of unequal length, which gloo refuses",
     "tensor_parallel.random": "activation recompute reads and sets the CUDA generator",
     "transformer.moe.token_dispatcher": "token counts are copied to the host on a stream of their own",
     "pipeline_parallel.schedules": "the token counter of each schedule is a device='cuda' tensor",
@@ -81,10 +83,39 @@ class _CudaName(types.ModuleType):
         return getattr(torch.cuda, name)
 
 
+class _DistributedName(types.ModuleType):
+    """Stands for `torch.distributed` inside one megatron module: these two take parts of unequal length, as NCCL does."""
+
+    @staticmethod
+    def all_gather(parts: list[torch.Tensor], tensor: torch.Tensor, group: Any = None) -> None:
+        if len({part.shape for part in parts}) == 1:
+            dist.all_gather(parts, tensor, group=group)
+            return
+        padded = tensor.new_zeros(max(len(part) for part in parts), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        gathered = [torch.empty_like(padded) for _ in parts]
+        dist.all_gather(gathered, padded, group=group)
+        for part, full in zip(parts, gathered, strict=True):
+            part.copy_(full[: len(part)])
+
+    @staticmethod
+    def reduce_scatter(output: torch.Tensor, parts: list[torch.Tensor], group: Any = None) -> None:
+        if len({part.shape for part in parts}) == 1:
+            dist.reduce_scatter(output, parts, group=group)
+            return
+        total = torch.cat(parts)
+        dist.all_reduce(total, group=group)
+        output.copy_(total.split([len(part) for part in parts])[dist.get_rank(group)])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+
 class _TorchName(types.ModuleType):
     """Stands for `torch` inside one megatron module; whatever is not listed is the real thing."""
 
     cuda = _CudaName("torch.cuda")
+    distributed = _DistributedName("torch.distributed")
     empty, zeros, ones, tensor = (_on_cpu(make) for make in (torch.empty, torch.zeros, torch.ones, torch.tensor))
 
     def __getattr__(self, name: str) -> Any:
@@ -117,7 +148,14 @@ def install() -> bool:
     # The original queues a call for the moment when CUDA initialises, which never comes: the queue only grows.
     random._set_cuda_rng_state = lambda *args, **kwargs: None
     random.initialize_rng_tracker(inference_rng_tracker=True)  # fork() does nothing; all dropout is 0
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = _counts_on_host
     return True
+
+
+def _counts_on_host(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:
+    """The original leaves what is on the CPU already as a tensor, which `all_to_all_single` takes for no list of sizes."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Weights between Hugging Face directories and this rank's Megatron parameters, at any tp, pp and virtual pp.
+"""Weights between Hugging Face directories and this rank's Megatron parameters, at any tp, pp, virtual pp and ep.
 
     family, shape = read_hf_config(directory)
     chunks = build_model(shape, layout, seed=None, wrap_ddp=True)
@@ -155,7 +155,7 @@ def load_named(
     parameters = local_parameters(chunks, family, shape)
     for slot in family.slots(shape):
         if slot.megatron not in parameters:
-            continue  # another pipeline stage has it
+            continue  # another pipeline stage has it, or another rank the expert
         full = [_lookup(tensors, name, size) for name, size in slot.hf_shapes(shape).items()]
         part = slot.shard(full, shape, tp_size=parallel.tp_size(), tp_rank=parallel.tp_rank())
         for parameter in parameters[slot.megatron]:
@@ -185,39 +185,47 @@ def export_hf(
 ) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face names and full, unpadded tensors, on every rank, in the order of `family.slots`.
 
-    Collective over tensor and pipeline ranks: every rank must take every item. `read` picks what is exported and must
-    return the parameter's shape and one dtype. At tp 1 and pp 1 tensors are views of the parameters where the layout
-    allows (all but query, key and value): use them before the next optimizer step and do not write to them.
+    Collective over tensor, pipeline and expert ranks: every rank must take every item. `read` picks what is exported and
+    must return the parameter's shape and one dtype. Where no rank but this one is needed tensors are views of the parameters
+    if the layout allows (all but query, key and value): use them before the next optimizer step and do not write to them.
     """
     parameters = local_parameters(chunks, family, shape)
     slots = family.slots(shape)
-    owners = _owner_stages([slot.megatron for slot in slots], parameters)
     dtype = read(next(iter(parameters.values()))[0]).dtype
-    for slot, owner in zip(slots, owners, strict=True):
-        part = read(parameters[slot.megatron][0]) if owner == parallel.pp_rank() else None
-        part = _from_stage(part, owner, slot.shard_shape(shape, parallel.tp_size()), dtype)
+    for slot, (stage, holder) in zip(slots, _owners(slots, parameters), strict=True):
+        part, size = None, slot.shard_shape(shape, parallel.tp_size())
+        if stage == parallel.pp_rank():
+            part = read(parameters[slot.megatron][0]) if slot.megatron in parameters else None
+            if slot.expert is not None:
+                part = _from_rank(part, holder, parallel.ep_group(), size, dtype)
+        part = _from_rank(part, stage, parallel.pp_group(), size, dtype)
         yield from zip(slot.hf, slot.join(_all_shards(part, slot), shape), strict=True)
 
 
-def _owner_stages(names: list[str], parameters: Collection[str]) -> list[int]:
-    """The first pipeline stage that has each parameter (the last stage's tied copy of the embedding never wins)."""
-    if parallel.pp_size() == 1:
-        return [0] * len(names)
-    none = parallel.pp_size()
-    stage = torch.tensor([parallel.pp_rank() if name in parameters else none for name in names])
-    stage = stage.to(parallel.device())
-    dist.all_reduce(stage, dist.ReduceOp.MIN, group=parallel.pp_group())
-    assert int(stage.max()) < none, [name for name, owner in zip(names, stage.tolist(), strict=True) if owner == none]
-    return stage.tolist()
+def _owners(slots: list[Slot], parameters: Collection[str]) -> list[tuple[int, int]]:
+    """The first pipeline stage that has each parameter (the last stage's tied copy of the embedding never wins), and the
+    first expert-parallel rank that has it there."""
+    ep, none = parallel.ep_size(), parallel.pp_size() * parallel.ep_size()
+    if none == 1:
+        return [(0, 0)] * len(slots)
+    mine = parallel.pp_rank() * ep + parallel.ep_rank()
+    first = torch.tensor([mine if slot.megatron in parameters else none for slot in slots]).to(parallel.device())
+    for group in (parallel.pp_group(), parallel.ep_group()):
+        dist.all_reduce(first, dist.ReduceOp.MIN, group=group)
+    places = first.tolist()
+    assert max(places) < none, [slot.megatron for slot, place in zip(slots, places, strict=True) if place == none]
+    return [divmod(place, ep) for place in places]
 
 
-def _from_stage(part: Tensor | None, owner: int, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if parallel.pp_size() == 1:
+def _from_rank(
+    part: Tensor | None, owner: int, group: dist.ProcessGroup, size: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """The tensor of `group`'s rank `owner`, on all its ranks."""
+    if dist.get_world_size(group) == 1:
         assert part is not None
         return part
     part = torch.empty(size, dtype=dtype, device=parallel.device()) if part is None else part.contiguous()
     assert part.dtype == dtype, (part.dtype, dtype)
-    group = parallel.pp_group()
     dist.broadcast(part, dist.get_global_rank(group, owner), group=group)
     return part
 

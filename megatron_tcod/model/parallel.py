@@ -1,4 +1,4 @@
-"""The process mesh: tensor, context, pipeline and data parallel ranks on torch.distributed and Megatron's parallel_state.
+"""The process mesh: tensor, context, pipeline, expert and data parallel ranks, on Megatron's parallel_state.
 
     layout = ParallelLayout(tensor_model_parallel_size=2)
     initialize(layout)            # under torchrun, or alone as a world of one
@@ -44,13 +44,16 @@ class ParallelLayout:
     """Model chunks per pipeline rank; None is the plain 1F1B schedule, 2 or more the interleaved one."""
     context_parallel_size: int = 1
     """Ranks that share the tokens of each packed microbatch; see `context.py`."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts of each layer: neighbours among those that hold the same weights otherwise (cp * dp).
+    Each of them sends its tokens to the ranks of their experts, so it adds no ranks to a replica but joins replicas."""
     sequence_parallel: bool = False
     """Between the layers' matrix products each tensor-parallel rank holds only its part of the tokens."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for kind in ("tensor_model", "pipeline_model", "context", "expert_model"):
+            if getattr(self, f"{kind}_parallel_size") < 1:
+                raise ValueError(f"{kind}_parallel_size must be at least 1, got {getattr(self, f'{kind}_parallel_size')}")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError(
                 "sequence_parallel cuts tokens over the tensor-parallel ranks and tensor_model_parallel_size is 1; raise "
@@ -76,7 +79,8 @@ class ParallelLayout:
 
 
 def check_world_size(layout: ParallelLayout, world_size: int) -> int:
-    """The data-parallel size; ValueError when no whole number of replicas fills the world."""
+    """The data-parallel size; ValueError when no whole number of replicas fills the world, or experts are not shared by an
+    equal number of ranks each."""
     dp, rest = divmod(world_size, layout.model_parallel_size)
     if rest or dp == 0:
         tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
@@ -84,6 +88,13 @@ def check_world_size(layout: ParallelLayout, world_size: int) -> int:
         raise ValueError(
             f"world size {world_size} != tp {tp} * pp {pp} * cp {cp} * dp for any whole dp; start a multiple of {unit} "
             f"processes (torchrun --nproc-per-node {unit * max(1, dp + (rest > 0))}) or change the parallel sizes"
+        )
+    ep, copies = layout.expert_model_parallel_size, dp * layout.context_parallel_size
+    if copies % ep:
+        raise ValueError(
+            f"expert_model_parallel_size {ep} does not divide the {copies} ranks of the world of {world_size} that hold the "
+            f"same weights (cp {layout.context_parallel_size} * dp {dp}); choose a divisor of {copies}, or start a multiple "
+            f"of {world_size // copies * ep} processes"
         )
     return dp
 
@@ -120,6 +131,8 @@ def _build_groups(layout: ParallelLayout, timeout_minutes: float) -> None:
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.tensor_model_parallel_size,  # an expert is cut like everything else
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
         create_gloo_process_groups=False,
     )
@@ -249,6 +262,19 @@ def cp_size() -> int:
     return parallel_state.get_context_parallel_world_size()
 
 
+def ep_group() -> dist.ProcessGroup:
+    """The ranks that share out the experts that would else be the same on all of them."""
+    return parallel_state.get_expert_model_parallel_group()
+
+
+def ep_rank() -> int:
+    return parallel_state.get_expert_model_parallel_rank()
+
+
+def ep_size() -> int:
+    return parallel_state.get_expert_model_parallel_world_size()
+
+
 def dp_group() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group()
 
@@ -262,7 +288,7 @@ def dp_size() -> int:
 
 
 def dp_cp_group() -> dist.ProcessGroup:
-    """The ranks that hold the same weights: data-parallel replicas and, in them, the parts of a context."""
+    """The ranks that hold the same weights, experts apart: data-parallel replicas and, in them, the parts of a context."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 

@@ -62,7 +62,7 @@ class PretrainedStudent(Student):
             self.weights_loaded()
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors under Hugging Face names on every rank; every rank of the replica must take every item."""
+        """Full tensors under Hugging Face names on every rank; every rank must take every item."""
         return export_hf(self.chunks, self.family, self.shape)
 
     def save(

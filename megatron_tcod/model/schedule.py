@@ -5,6 +5,7 @@
 `on_hidden(index, hidden)` is called on the last stage with the hidden states [S/cp, H] at the trained positions of
 microbatch `index` that lie in this rank's part of its tokens, if any do, and returns the scalar that is differentiated.
 Every rank of a replica passes the same, whole microbatches; replicas may differ in number and size, and may have none.
+Where replicas share out experts, each of their layers waits for the others': those with fewer microbatches run empty ones.
 
 It does not wrap or change Megatron's schedules, reduce gradients or step an optimizer.
 """
@@ -15,10 +16,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_tcod.model import build, context
+from megatron_tcod.model import build, context, parallel
 from megatron_tcod.model.parallel import ParallelLayout
 from megatron_tcod.trajectory import Microbatch
 
@@ -40,11 +42,20 @@ def empty_microbatch(device: torch.device) -> Microbatch:
     )
 
 
-def pad_microbatches(microbatches: list[Microbatch], layout: ParallelLayout, device: torch.device) -> list[Microbatch]:
-    """At least one microbatch, and a multiple of the pipeline size where chunks are interleaved."""
+def pad_microbatches(
+    microbatches: list[Microbatch], layout: ParallelLayout, device: torch.device, *, least: int = 1
+) -> list[Microbatch]:
+    """At least `least` microbatches, and a multiple of the pipeline size where chunks are interleaved."""
     unit = layout.pipeline_model_parallel_size if layout.virtual_pipeline_model_parallel_size else 1
-    missing = (-len(microbatches)) % unit or (unit if not microbatches else 0)
-    return microbatches + [empty_microbatch(device) for _ in range(missing)]
+    count = -(-max(len(microbatches), least) // unit) * unit
+    return microbatches + [empty_microbatch(device) for _ in range(count - len(microbatches))]
+
+
+def _most_of_a_replica(count: int) -> int:
+    """The largest `count` of any replica. Collective over the replicas."""
+    most = torch.tensor(count, device=parallel.device())
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=parallel.dp_group())
+    return int(most)
 
 
 def run_schedule(
@@ -55,12 +66,15 @@ def run_schedule(
     *,
     forward_only: bool,
 ) -> None:
-    """Drive all microbatches through the pipeline; `on_hidden` collects what it wants. Collective in a replica.
+    """Drive all microbatches through the pipeline; `on_hidden` collects what it wants. Collective in a replica, and over
+    all replicas where they share out experts.
 
     With gradients, Megatron calls the config's `finalize_model_grads_func` at the end.
     """
     num_real = len(microbatches)
-    padded = pad_microbatches(microbatches, layout, next(chunks[0].parameters()).device)
+    is_joint = build.unwrap(chunks[0]).config.expert_model_parallel_size > 1
+    least = max(1, _most_of_a_replica(num_real)) if is_joint else 1
+    padded = pad_microbatches(microbatches, layout, next(chunks[0].parameters()).device, least=least)
     padded = [context.own_part(microbatch, layout) for microbatch in padded]
     all_rows = [build.packed_rows(chunks[0], microbatch) for microbatch in padded]
 

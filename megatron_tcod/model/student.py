@@ -173,7 +173,8 @@ class Student:
     def measure(
         self, microbatches: list[Microbatch], targets: list[TeacherTarget | None], objective: Objective
     ) -> list[dict[str, Tensor]]:
-        """The per-token figures of `train_step`, without gradients. Collective in the replica."""
+        """The per-token figures of `train_step`, without gradients. Collective in the replica, and over all replicas where
+        they share out experts."""
         return self._run(microbatches, targets, objective, forward_only=True)
 
     def adam_states(self) -> Iterator[tuple[str, torch.nn.Parameter, dict[str, Tensor]]]:
@@ -227,7 +228,9 @@ class Student:
         clip = self.settings.clip_grad
         # Megatron's own clipping asserts the string type of a CUDA tensor; the public parts of its step do not.
         if is_finite and 0.0 < clip < grad_norm:
-            gradients = [p.grad for p in self.optimizer.get_parameters() if p.grad is not None]
+            optimizers = getattr(self.optimizer, "chained_optimizers", [self.optimizer])  # shared experts have their own
+            parameters = [parameter for optimizer in optimizers for parameter in optimizer.get_parameters()]
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             torch._foreach_mul_(gradients, clip / (grad_norm + 1e-6))
         return grad_norm, is_finite
 

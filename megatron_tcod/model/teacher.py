@@ -95,7 +95,7 @@ class Teacher:
     def score(self, microbatches: list[Microbatch]) -> list[TeacherTarget | None]:
         """Hidden states [S/cp, H_t] at the positions of each microbatch that are this rank's (`context.own_span`), with
         its head shard [V_padded/tp, H_t] as the student is cut. Collective in the replica, and over the world where the
-        teacher has a layout of its own.
+        teacher has a layout of its own or shares out experts.
 
         None on every stage of the student but the last.
         """

@@ -55,17 +55,20 @@ def held_bytes(student: Student) -> dict[str, int]:
 def report_ranks(directory: str) -> None:
     """Of each layout of two ranks and each shape: held bytes, and those that all-reduces over tp carry in one pass."""
     found: dict[str, Any] = {}
-    for tp, pp in ((2, 1), (1, 2)):
+    for tp, pp, ep in ((2, 1, 1), (1, 2, 1), (1, 1, 2)):
         for name, shape in SHAPES.items():
+            if ep > 1 and shape.experts is None:
+                continue
             layout = ParallelLayout(
                 tensor_model_parallel_size=tp,
                 pipeline_model_parallel_size=pp,
+                expert_model_parallel_size=ep,
                 sequence_parallel=tp > 1 and shape.experts is not None,  # Megatron refuses experts without
             )
             parallel.initialize(layout, seed=0)
             student = Student(shape, layout, OptimizerSettings(lr=1e-3), seed=0)
             held = {"held": held_bytes(student), "reduced": reduced_bytes(student), "stage": parallel.pp_rank()}
-            found[f"{name} {tp} {pp}"] = held
+            found[f"{name} {tp} {pp}" if ep == 1 else f"{name} ep {ep}"] = held
     (Path(directory) / f"{parallel.rank()}.json").write_text(json.dumps(found))
     parallel.shutdown()
 

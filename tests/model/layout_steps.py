@@ -48,6 +48,7 @@ class Case:
     pp: int = 1
     virtual: int | None = None
     cp: int = 1
+    ep: int = 1
     sequence_parallel: bool = False
     is_tied: bool = False
     has_experts: bool = False
@@ -55,9 +56,10 @@ class Case:
     """`rows` or `forest`: BRANCHES, computed one by one, or each shared prefix once."""
     recompute: Recompute = Recompute()
     distributed_optimizer: bool = False
+    clip_grad: float = 0.0
     dtype: torch.dtype = torch.float32
-    teacher: tuple[int, int] | None = None
-    """tp and pp of the teacher where they differ."""
+    teacher: tuple[int, int] | tuple[int, int, int] | None = None
+    """tp and pp, and ep where it is not 1, of the teacher where they differ."""
     offload: bool = False
     is_rounded: bool = False
     """fp32 arithmetic on weights rounded to bf16: what a bf16 step is measured against."""
@@ -73,6 +75,7 @@ class Case:
             pipeline_model_parallel_size=self.pp,
             virtual_pipeline_model_parallel_size=self.virtual,
             context_parallel_size=self.cp,
+            expert_model_parallel_size=self.ep,
             sequence_parallel=self.sequence_parallel,
         )
 
@@ -80,14 +83,16 @@ class Case:
         words = [f"world{self.world}", f"tp{self.tp}", f"pp{self.pp}"]
         words += [f"virtual{self.virtual}"] if self.virtual else []
         words += [f"cp{self.cp}"] if self.cp > 1 else []
+        words += [f"ep{self.ep}"] if self.ep > 1 else []
         words += ["sp"] if self.sequence_parallel else []
         words += ["tied"] if self.is_tied else []
         words += ["experts"] if self.has_experts else []
         words += [self.branches] if self.branches else []
         words += [str(value) for value in vars(self.recompute).values() if value]
         words += ["distributed_optimizer"] if self.distributed_optimizer else []
+        words += [f"clip{self.clip_grad}"] if self.clip_grad else []
         words += [str(self.dtype).removeprefix("torch.")] if self.dtype != torch.float32 else []
-        words += ["teacher_tp{}_pp{}".format(*self.teacher)] if self.teacher else []
+        words += ["teacher_" + "_".join(map(str, self.teacher))] if self.teacher else []
         words += ["offload"] if self.offload else []
         words += ["rounded"] if self.is_rounded else []
         return "-".join(words)
@@ -96,7 +101,9 @@ class Case:
 def shapes(is_tied: bool, has_experts: bool = False):
     experts = ExpertShape(num_experts=4, num_experts_per_token=2, ffn_hidden_size=32) if has_experts else None
     student = tiny_shape(tie_word_embeddings=is_tied, qk_layernorm=True, add_qkv_bias=True, experts=experts)
-    sizes = dict(num_layers=2, hidden_size=32, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=64)
+    sizes = dict(
+        num_layers=2, hidden_size=32, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=64, experts=experts
+    )
     teacher = tiny_shape(vocab_size=VOCAB + 23, **sizes)  # padded otherwise, so cut at other tokens
     return student, teacher
 
@@ -111,7 +118,9 @@ def run_step(
     student = Student(
         student_shape,
         case.layout,
-        OptimizerSettings(lr=1e-3, clip_grad=0.0, use_distributed_optimizer=case.distributed_optimizer),
+        OptimizerSettings(
+            lr=1e-3, clip_grad=case.clip_grad, use_distributed_optimizer=case.distributed_optimizer
+        ),
         seed=1,
         dtype=case.dtype,
         recompute=case.recompute,
@@ -139,9 +148,11 @@ def run_step(
     tensors |= {"loss": torch.tensor(stats.loss), "norm": torch.tensor(stats.grad_norm)}
     tensors["next loss"] = torch.tensor(student.train_step(microbatches, targets, make).loss)
     figures = [{key: values.tolist() for key, values in each.items()} for each in stats.per_token]
-    everyone = [json.loads(data) for data in parallel.all_gather_bytes(json.dumps([parallel.dp_rank(), figures]).encode())]
+    told = json.dumps([parallel.dp_rank(), figures, stats.loss, stats.grad_norm]).encode()
+    everyone = [json.loads(data) for data in parallel.all_gather_bytes(told)]
+    assert len({(loss, norm) for *_, loss, norm in everyone}) == 1, "ranks disagree on the loss or the gradient norm"
     by_replica: dict[int, list] = {}
-    for replica, theirs in everyone:
+    for replica, theirs, *_ in everyone:
         assert by_replica.setdefault(replica, theirs) == theirs, "ranks of one replica disagree on per-token figures"
     return tensors, by_replica
 
@@ -154,10 +165,11 @@ def pack(case: Case, indices: tuple[int, ...]) -> Microbatch:
 def _teacher_mesh(case: Case) -> parallel.Mesh | None:
     if case.teacher is None:
         return None
-    tp, pp = case.teacher
+    tp, pp, ep = (*case.teacher, 1)[:3]
     return parallel.build_mesh(ParallelLayout(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
         sequence_parallel=case.sequence_parallel and tp > 1,
     ))
 

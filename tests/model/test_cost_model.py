@@ -52,6 +52,16 @@ def test_weights_gradients_and_optimizer_of_every_rank_are_exact(ranks, name, tp
         assert getattr(largest, key) == max(report["held"][key] for report in reports), "the plan tells the fullest stage"
 
 
+def test_a_rank_holds_its_share_of_the_experts_and_a_sharded_optimizer_keeps_each_number_once(ranks):
+    shape = SHAPES["experts"]
+    use = use_of(shape, Layout(dp=2, ep=2))
+    for rank in ranks:
+        held = rank["experts ep 2"]["held"]
+        assert held == {"weights": use.weights, "gradients": use.gradients, "optimizer": use.optimizer}
+    sharded = use_of(shape, Layout(dp=4, ep=2), Numerics(is_optimizer_sharded=True))
+    assert sharded.optimizer * 4 == 8 * cost_model.num_parameters(shape)
+
+
 @pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if shape.experts is None])
 def test_traffic_of_tensor_parallelism_is_what_the_ranks_reduce(ranks, name):
     """The embedding's all-reduce, one more beside two for each layer and direction, is the plan's omission."""

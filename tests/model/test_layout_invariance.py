@@ -36,6 +36,8 @@ CASES = [
     Case(world=2, recompute=SELECTIVE, distributed_optimizer=True),
     Case(world=2, pp=2, has_experts=True),
     Case(world=2, tp=2, sequence_parallel=True, has_experts=True),  # without, Megatron refuses
+    Case(world=2, ep=2, has_experts=True, clip_grad=0.01),
+    Case(world=2, cp=2, ep=2, has_experts=True, distributed_optimizer=True),
     Case(world=2, cp=2, branches="forest"),
     Case(world=2, pp=2, branches="forest"),
     Case(world=2, tp=2, teacher=(1, 1)),
@@ -53,6 +55,11 @@ CASES = [
     Case(world=4, tp=2, pp=2, sequence_parallel=True, teacher=(4, 1), offload=True),
     Case(world=4, tp=2, cp=2, teacher=(1, 2)),
     Case(world=4, tp=2, cp=2, sequence_parallel=True, teacher=(2, 2), branches="forest"),
+    Case(world=4, ep=4, has_experts=True),  # one expert a rank; one replica has no microbatch, but tokens of the others
+    Case(world=4, ep=2, has_experts=True, distributed_optimizer=True, recompute=FULL, clip_grad=0.01),
+    Case(world=4, tp=2, ep=2, sequence_parallel=True, has_experts=True, teacher=(1, 2, 2)),
+    Case(world=4, pp=2, ep=2, has_experts=True, distributed_optimizer=True),
+    Case(world=4, pp=2, virtual=2, ep=2, has_experts=True, teacher=(1, 1, 4), offload=True),
 ]
 
 
@@ -64,14 +71,15 @@ def runs(tmp_path_factory) -> Path:
     return directory
 
 
-def content_of(case: Case) -> tuple[bool, bool, bool]:
-    return case.is_tied, case.has_experts, bool(case.branches)
+def content_of(case: Case) -> tuple[bool, bool, bool, float]:
+    return case.is_tied, case.has_experts, bool(case.branches), case.clip_grad
 
 
 @pytest.fixture(scope="module")
 def reference():
     """What must not be seen of a layout -> tensors and figures of one process with one microbatch."""
-    cases = [Case(), Case(is_tied=True), Case(has_experts=True), Case(branches="rows")]
+    cases = [Case(), Case(is_tied=True), Case(branches="rows")]
+    cases += [Case(has_experts=True), Case(has_experts=True, clip_grad=0.01)]
     found = {content_of(case): run_step(case, WHOLE) for case in cases}
     yield found
     parallel.shutdown()

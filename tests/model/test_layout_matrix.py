@@ -1,5 +1,6 @@
 """The product of layouts, recomputation and optimizers over 4 ranks, and the widest layouts over 8: minutes, so
 `tools/test.sh --all`. The teacher's layout, its offload and tied embeddings take turns: seven to the six of each layout.
+Experts are shared out with both optimizers, recomputation taking turns.
 """
 
 from __future__ import annotations
@@ -68,25 +69,57 @@ CASES = [
     Case(world=8, tp=2, cp=2, pp=2, virtual=virtual, sequence_parallel=True, teacher=teacher, distributed_optimizer=True)
     for virtual, teacher in ((None, None), (2, (4, 1)), (2, (2, 2)))
 ]
+EXPERT_LAYOUTS = [  # world, tp, cp, pp, virtual, ep
+    (4, 1, 1, 1, None, 2),
+    (4, 1, 1, 1, None, 4),
+    (4, 1, 2, 1, None, 2),
+    (4, 1, 2, 1, None, 4),
+    (4, 2, 1, 1, None, 2),
+    (4, 2, 2, 1, None, 2),
+    (4, 1, 1, 2, None, 2),
+    (4, 1, 1, 2, 2, 2),
+    (8, 2, 1, 1, None, 2),
+    (8, 2, 1, 1, None, 4),
+    (8, 2, 2, 2, None, 2),
+    (8, 1, 2, 2, 2, 4),
+]
+SHARED = [
+    Case(
+        world=world,
+        tp=tp,
+        cp=cp,
+        pp=pp,
+        virtual=virtual,
+        ep=ep,
+        sequence_parallel=tp > 1,
+        recompute=SHORT if recompute.num_layers and pp * (virtual or 1) == 4 else recompute,
+        distributed_optimizer=is_distributed,
+        has_experts=True,
+    )
+    for ((world, tp, cp, pp, virtual, ep), is_distributed), recompute in zip(
+        product(EXPERT_LAYOUTS, (False, True)), cycle(RECOMPUTE), strict=False
+    )
+]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("matrix")
-    for world, cases in groupby(CASES, lambda case: case.world):
+    for world, cases in groupby(sorted(CASES + SHARED, key=lambda case: case.world), lambda case: case.world):
         run_ranks(world, run_cases, list(cases), str(directory))
     return directory
 
 
 @pytest.fixture(scope="module")
 def reference():
-    found = {is_tied: run_step(Case(is_tied=is_tied), WHOLE)[0] for is_tied in (False, True)}
+    kinds = [(False, False), (True, False), (False, True)]
+    found = {kind: run_step(Case(is_tied=kind[0], has_experts=kind[1]), WHOLE)[0] for kind in kinds}
     yield found
     parallel.shutdown()
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + SHARED, ids=str)
 def test_every_combination_of_layout_features_makes_the_step_of_one_process(runs, reference, case):
     actual, _ = read_case(runs, case)
-    assert_equal_step(actual, reference[case.is_tied])
+    assert_equal_step(actual, reference[case.is_tied, case.has_experts])
