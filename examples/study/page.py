@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megatron_tcod.config import run_entry_point, toml_value  # noqa: E402
+from megatron_tcod.config import CurriculumConfig, run_entry_point, toml_value  # noqa: E402
 from study.analysis import (  # noqa: E402
     PAIRS,
     Comparison,
@@ -121,7 +121,7 @@ def setting_text(results: Results) -> str:
         facts.append(
             f"{steps_text(results, name)} steps of {settings['rollout'].get('rollout_batch_size')} episodes, "
             f"horizon {settings['rollout'].get('max_turns')} turns, window grows a turn every "
-            f"{settings['curriculum'].get('eta')} step(s)"
+            f"{settings.get('curriculum', {}).get('eta', CurriculumConfig().eta)} step(s)"
         )
         if teacher:
             facts.append(

@@ -112,17 +112,10 @@ def played(record: dict[str, Any]) -> dict[str, Any]:
         "success": record["success"],
         "turns": record["mean_turns"],
         "kl_trajectory": record.get("kl_trajectory"),
-        "kl_by_turn": kl_by_turn(tasks),
+        "kl_by_turn": record.get("kl_by_turn", []),
         "tasks": digest,
         "solved": "".join(str(int(task["success"])) for task in tasks),
     }
-
-
-def kl_by_turn(tasks: Sequence[dict[str, Any]]) -> list[float]:
-    """Mean over the tasks that reached the turn."""
-    longest = max((len(task["kl_by_turn"]) for task in tasks), default=0)
-    by_turn = [[task["kl_by_turn"][turn] for task in tasks if len(task["kl_by_turn"]) > turn] for turn in range(longest)]
-    return [sum(values) / len(values) for values in by_turn]
 
 
 def kl_by_step(steps: Sequence[dict[str, Any]], num_bins: int = MAX_BINS) -> dict[str, Any]:
