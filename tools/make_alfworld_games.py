@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ class Game:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not hold games yet")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist yet")
     parser.add_argument("--train", type=int, default=60, help="games of each split, the six families in turn")
     parser.add_argument("--valid-seen", type=int, default=12)
     parser.add_argument("--valid-unseen", type=int, default=12)
@@ -99,16 +100,18 @@ def main() -> None:
 
 
 def make_games(out: Path, counts: dict[str, int], *, seed: int) -> None:
-    """Write the games of all splits below `out`."""
-    if any((out / split).exists() for split in SPLITS):
-        raise ValueError(f"{out} already holds games; expected a new folder: name another --out or remove it")
+    """Write the games of all splits into `out`, a new folder that appears with all of them or not at all."""
+    if out.exists():
+        raise ValueError(f"{out} is there already; expected a new folder: name another --out or remove it")
+    staging = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
     for split, count in counts.items():
         num_turns, num_unfit, num_lost = [], 0, 0
         rooms = load_rooms(split)
         for index in range(count):
             rng = random.Random(f"{seed}/{split}/{index}")
             for _ in range(MAX_DRAWS):
-                walkthrough = write_game(out, split, index, rooms, rng)
+                walkthrough = write_game(staging, split, index, rooms, rng)
                 if walkthrough:
                     break
                 num_unfit, num_lost = num_unfit + (walkthrough is None), num_lost + (walkthrough == [])
@@ -121,6 +124,7 @@ def make_games(out: Path, counts: dict[str, int], *, seed: int) -> None:
             f"{num_lost} were not won by the expert"
         )
     WORKERS.close()
+    staging.rename(out)
 
 
 def write_game(out: Path, split: str, index: int, rooms: list[Room], rng: random.Random) -> list[str] | None:

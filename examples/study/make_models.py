@@ -20,14 +20,13 @@ sys.path.insert(0, str(EXAMPLES))
 
 from quickstart.prepare import HEADERS, model_config  # noqa: E402
 
+from megatron_tcod.envs.demonstrations import read_demonstrations  # noqa: E402
+
 
 def corpus_text(path: Path) -> str:
     """What a tokenizer should know: observations and commands of the recorded episodes, and the chat headers."""
-    lines = []
-    episodes = path.read_text(encoding="utf-8").splitlines()
-    for line in episodes:
-        for turn in json.loads(line)["demonstration"]["turns"]:
-            lines += [turn["observation"], turn["text"]]
+    episodes = read_demonstrations(path, None)
+    lines = [text for episode in episodes for turn in episode.turns for text in (turn.observation, turn.text)]
     return "\n".join(lines) + "\n" + "".join(HEADERS) * len(episodes)
 
 

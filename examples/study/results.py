@@ -1,6 +1,6 @@
 """A study's directory as one results file: a line for the study, for each world, each start and each finished cell.
 
-    write_results(study, out, command="python examples/study/run.py --quick")      # out/results.jsonl
+    write_results(study, jobs, out, command="python examples/study/run.py --quick", num_slots=2)      # out/results.jsonl
     results = read_results(out / "results.jsonl")
 
     {"kind": "study", "title": ..., "command": ..., "machine": {...}, "num_cells": 100, ...}
@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_tcod.envs.demonstrations import read_demonstrations
 from study import rundir
 from study.grid import SFT, Cell, Settings, Study
 from study.plan import Job, Paths, start_name
@@ -44,13 +45,13 @@ COSTS = {
 """Cost of a point -> the step's metric that it sums."""
 
 
-def write_results(study: Study, jobs: Sequence[Job], out: Path, *, command: str) -> Path:
-    """Collect what has finished. Safe to call at any time; the file appears complete."""
+def write_results(study: Study, jobs: Sequence[Job], out: Path, *, command: str, num_slots: int) -> Path:
+    """Collect what has finished by `num_slots` runs at a time. Safe to call at any time; the file appears complete."""
     records = read_records(out)
     finished = {record["job"] for record in records if record["event"] == "done"}
     costs = job_costs(records)
     paths = {world.name: Paths(root=out / world.name) for world in study.worlds}
-    lines: list[dict[str, Any]] = [_study_line(study, command, costs)]
+    lines: list[dict[str, Any]] = [_study_line(study, command, num_slots, costs)]
     lines += [_world_line(world, paths[world.name], jobs) for world in study.worlds]
     starts = {}
     for cell in study.cells():
@@ -130,13 +131,13 @@ def kl_by_step(steps: Sequence[dict[str, Any]], num_bins: int = MAX_BINS) -> dic
     return {"steps": [one[-1]["step"] for one in bins], "turns": turns}
 
 
-def _study_line(study: Study, command: str, costs: dict[str, dict[str, float]]) -> dict[str, Any]:
+def _study_line(study: Study, command: str, num_slots: int, costs: dict[str, dict[str, float]]) -> dict[str, Any]:
     return {
         "kind": "study",
         "title": study.title,
         "command": command,
         "machine": machine(),
-        "jobs": study.jobs,
+        "jobs": num_slots,
         "launch": list(study.launch),
         "seeds": list(study.seeds),
         "success_targets": list(study.success_targets),
@@ -163,7 +164,7 @@ def _world_line(world: Any, paths: Paths, jobs: Sequence[Job]) -> dict[str, Any]
     if paths.teacher_evaluation.exists():
         line["teacher"] = played(rundir.evaluation(paths.teacher_evaluation))
     if paths.demonstrations.exists():
-        line["num_demonstrations"] = len(paths.demonstrations.read_bytes().splitlines())
+        line["num_demonstrations"] = len(read_demonstrations(paths.demonstrations, None))
     shapes = {"teacher": world.teacher, **{size: world.students[size] for size in world.sizes or world.students}}
     line["models"] = {name: dict(one.shape) or one.model for name, one in shapes.items()}
     line["games"] = dict(world.games)

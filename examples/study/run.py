@@ -98,7 +98,8 @@ def main(argv: list[str]) -> int:
     if given.dry_run:
         show_plan(study, jobs, out)
         return 0
-    runner = Runner(jobs, out=out, launch=study.launch, num_slots=given.jobs or study.jobs, say=say)
+    num_slots = given.jobs or study.jobs
+    runner = Runner(jobs, out=out, launch=study.launch, num_slots=num_slots, say=say)
     try:
         failed = runner.run()
     except KeyboardInterrupt as signal_name:
@@ -107,7 +108,7 @@ def main(argv: list[str]) -> int:
     for name in failed:
         say(f"not done: {name}")
     which = NAMED.get(given.grid, f"--grid {given.grid}")
-    found = write_results(study, jobs, out, command=f"python examples/study/run.py {which}")
+    found = write_results(study, jobs, out, command=f"python examples/study/run.py {which}", num_slots=num_slots)
     for page in (out / "study.md", given.page):
         if page:
             write_page(found, page)

@@ -124,7 +124,7 @@ def seal(demonstration: Demonstration) -> bytes:
 
 def read_demonstrations(
     path: str | Path,
-    env: str,
+    env: str | None,
     root: str | None = None,
     *,
     limit: int | None = None,
@@ -132,9 +132,10 @@ def read_demonstrations(
 ) -> list[Demonstration]:
     """The demonstrations of a file of any kind, in its order, the first `limit` lines of it.
 
-    `root` is where the games of a published file lie, the same as in `env_options`, with which files without observations
-    are played. ValueError: no such file, a line that is broken, changed, cut off, too long, of another version or for
-    another environment, a task that is solved twice, a game that is not below the root; it names file, line and field.
+    `env` None takes our own files of any environment. `root` is where the games of a published file lie, the same as in
+    `env_options`, with which files without observations are played. ValueError: no such file, a line that is broken,
+    changed, cut off, too long, of another version or for another environment, a task that is solved twice, a game that is
+    not below the root; it names file, line and field.
     """
     path = Path(path)
     if not path.is_file():
@@ -181,7 +182,7 @@ class _Total:
 class _Reader:
     """The lines of a file so far."""
 
-    env: str
+    env: str | None
     options: dict[str, Any]
     found: list[Demonstration] = field(default_factory=list)
     total: _Total = field(default_factory=_Total)
@@ -204,7 +205,7 @@ class _Reader:
         else:
             demonstration = record(self._task_of(read, where), read.actions, where=where, options=self.options)
         task = demonstration.task
-        if task.env != self.env:
+        if self.env not in (None, task.env):
             raise ValueError(f"{where}: a demonstration for env {task.env!r}; expected {self.env!r}")
         if demonstration.success:
             first = self.solved.setdefault((task.split, task.task_id), where)
@@ -223,6 +224,8 @@ class _Reader:
         self.total = _Total()
 
     def _task_of(self, line: PublishedLine | ActionsLine, where: str) -> Task:
+        if self.env is None:
+            raise ValueError(f"{where}: the line holds no observations; import the file with megatron_tcod.demonstrate first")
         if isinstance(line, PublishedLine):
             if self.env != "alfworld":
                 raise ValueError(f"{where}: lines with game_file are alfworld's; expected lines for env {self.env!r}")

@@ -207,6 +207,15 @@ def test_an_oracles_actions_become_a_demonstration_of_any_environment(tmp_path, 
         ]
 
 
+def test_without_an_environment_files_of_ours_are_read_and_bare_actions_are_not(tmp_path, demonstrations):
+    path = tmp_path / "demonstrations.jsonl"
+    write_demonstrations(path, demonstrations)
+    assert read_demonstrations(path, None) == demonstrations
+    path.write_text(json.dumps({"task_id": "heat/train/0", "split": "train", "actions": ["look"]}) + "\n")
+    with pytest.raises(ValueError, match="demonstrations.jsonl:1: the line holds no observations; import the file"):
+        read_demonstrations(path, None)
+
+
 def test_a_replay_finds_every_recorded_observation_that_is_not_shown(demonstrations):
     one = demonstrations[0]
     assert replay_difference(Household, one) == ""
