@@ -561,6 +561,7 @@ def teacher_of(
             own_layout=teacher_layout_of(config.parallel),
             offload=config.parallel.teacher_offload,
             transformer_impl=config.model.transformer_impl,
+            timeout_minutes=config.parallel.distributed_timeout_minutes,
         )
     url, key, server = serving.teacher_address(config)
     if server is not None:

@@ -30,8 +30,8 @@ from megatron_tcod.assembly import (
 from megatron_tcod.config import SGLANG, Config
 from megatron_tcod.envs import check_env_options, load_env
 from megatron_tcod.model import accelerators
-from megatron_tcod.model.build import check_recompute
-from megatron_tcod.model.experts import check_experts, check_trainable
+from megatron_tcod.model.build import check_layout, check_recompute
+from megatron_tcod.model.experts import check_trainable
 from megatron_tcod.model.families.family import Family
 from megatron_tcod.model.mapping import check_tensors, read_hf_config
 from megatron_tcod.model.parallel import ParallelLayout, check_world_size
@@ -54,7 +54,8 @@ def preflight(config: Config, *, world_size: int | None) -> list[str]:
         check_weights(config.model.student, family, shape)
     accelerators.choose(config.model.transformer_impl, accelerators.find())
     lines = [f"student {family.model_type}: {describe(shape)}"]
-    check_layout("student", shape, layout)
+    check_layout(shape, layout, whose="the student's")
+    check_trainable(shape, layout)
     check_recompute(shape, layout, recompute)
     check_context("student", config, shape)
     tokenizer = tokenizer_of(config, config.model.student)
@@ -70,7 +71,8 @@ def preflight(config: Config, *, world_size: int | None) -> list[str]:
         lines.append(f"teacher {family.model_type}: {describe(teacher)}")
         check_weights(config.model.teacher, family, teacher)
         check_context("teacher", config, teacher)
-        check_layout("teacher", teacher, teacher_layout or layout)
+        whole_stages = dataclasses.replace(layout, virtual_pipeline_model_parallel_size=None)
+        check_layout(teacher, teacher_layout or whole_stages, whose="the teacher's")
         check_teacher_experts(config, teacher)
         check_same_tokenizer(tokenizer, tokenizer_of(config, config.model.teacher))
         check_vocabulary("teacher", teacher, tokenizer)
@@ -138,39 +140,6 @@ def describe(shape: ModelShape) -> str:
 def experts_over(layout: ParallelLayout) -> str:
     ep = layout.expert_model_parallel_size
     return f", experts over {ep} of the ranks with the same weights" if ep > 1 else ""
-
-
-def check_layout(role: str, shape: ModelShape, layout: ParallelLayout) -> None:
-    """tp divides heads and widths, pp divides layers."""
-    tp = layout.tensor_model_parallel_size
-    for field in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "hidden_size"):
-        if getattr(shape, field) % tp:
-            raise ValueError(
-                f"{role} {field} = {getattr(shape, field)} is not divisible by tensor_model_parallel_size = {tp}; "
-                f"choose a tensor_model_parallel_size that divides it"
-            )
-    check_experts(shape, layout, whose=f"the {role}'s")
-    if role == "student":
-        check_trainable(shape, layout)
-    chunks = layout.pipeline_model_parallel_size * (layout.virtual_pipeline_model_parallel_size or 1)
-    if role == "teacher":
-        chunks = layout.pipeline_model_parallel_size
-    check_context_parallel(role, shape, layout)
-    if shape.num_layers % chunks:
-        raise ValueError(
-            f"{role} num_layers = {shape.num_layers} is not divisible by the {chunks} pipeline chunks "
-            f"(pipeline_model_parallel_size x virtual_pipeline_model_parallel_size); change one of them"
-        )
-
-
-def check_context_parallel(role: str, shape: ModelShape, layout: ParallelLayout) -> None:
-    tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
-    heads, groups = shape.num_attention_heads // tp, shape.num_query_groups // tp
-    if heads % cp or (groups % cp and cp % groups):
-        raise ValueError(
-            f"context_parallel_size = {cp} does not share out the {role}'s {heads} query and {groups} key-value heads of "
-            f"a tensor-parallel rank; choose one that divides the first, and divides or is a multiple of the second"
-        )
 
 
 def check_teacher_world_size(layout: ParallelLayout, world_size: int) -> None:

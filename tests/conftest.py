@@ -77,3 +77,16 @@ def single_process(monkeypatch):
     assert "RANK" not in os.environ
     yield
     parallel.shutdown()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests for devices that this machine lacks are skipped by name, also where markers select them."""
+    import torch
+
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for marker, needed in (("gpu", 1), ("multigpu", 2)):
+        if num_devices < needed:
+            skip = pytest.mark.skip(reason=f"needs {needed} CUDA device{'s' * (needed > 1)}, found {num_devices}")
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(skip)

@@ -35,12 +35,12 @@ def test_world_size_that_does_not_fit(run_flags, monkeypatch):
 
 def test_tensor_parallel_size_that_does_not_divide_the_heads(run_flags):
     message = refused([*run_flags, "--tensor-model-parallel-size", "4", "--dry-run"])
-    assert "student num_attention_heads = 2 is not divisible by tensor_model_parallel_size = 4" in message
+    assert "tensor_model_parallel_size 4 does not divide the student's num_attention_heads 2; choose a divisor" in message
 
 
 def test_pipeline_that_does_not_divide_the_layers(run_flags):
     message = refused([*run_flags, "--pipeline-model-parallel-size", "2", "--dry-run"])
-    assert "teacher num_layers = 3 is not divisible by the 2 pipeline chunks" in message
+    assert "the teacher's num_layers 3 is not a multiple of the 2 pipeline chunks" in message
 
 
 def test_teacher_with_another_tokenizer(run_flags, household_models, tmp_path):

@@ -1,6 +1,7 @@
 """Parallel settings that cannot work get one message with the field, what was found and the fix."""
 
 import json
+import shutil
 
 import pytest
 import safetensors.torch
@@ -20,7 +21,7 @@ def refused(argv):
     ("flags", "world", "message"),
     [
         (["--sequence-parallel"], None, "sequence_parallel cuts tokens over the tensor-parallel ranks"),
-        (["--context-parallel-size", "3"], None, "context_parallel_size = 3 does not share out the student's 2 query and"),
+        (["--context-parallel-size", "3"], None, "context_parallel_size 3 shares out the student's 2 query and"),
         (["--recompute-granularity", "full"], None, "recompute_granularity full needs recompute_method"),
         (
             ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "3"],
@@ -29,8 +30,8 @@ def refused(argv):
         ),
         (["--recompute-method", "block"], None, "set recompute_granularity full"),
         (["--recompute-granularity", "half"], None, "invalid choice 'half' for argument '--recompute-granularity'"),
-        (["--teacher-tensor-model-parallel-size", "8"], None, "teacher num_attention_heads = 4 is not divisible"),
-        (["--teacher-pipeline-model-parallel-size", "2"], None, "teacher num_layers = 3 is not divisible by the 2"),
+        (["--teacher-tensor-model-parallel-size", "8"], None, "size 8 does not divide the teacher's num_attention_heads 4"),
+        (["--teacher-pipeline-model-parallel-size", "2"], None, "the teacher's num_layers 3 is not a multiple of the 2"),
         (
             ["--tensor-model-parallel-size", "2", "--teacher-pipeline-model-parallel-size", "3"],
             2,
@@ -53,6 +54,17 @@ def test_parallel_settings_that_cannot_work(run_flags, monkeypatch, flags, world
     if world:
         monkeypatch.setenv("WORLD_SIZE", str(world))
     assert message in refused([*run_flags, *flags, "--dry-run"])
+
+
+def test_tensor_parallel_ranks_may_share_a_key_value_head(run_flags, household_models, tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    student = tmp_path / "student"
+    shutil.copytree(household_models / "student", student, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((student / "config.json").read_text())
+    assert config["num_attention_heads"] == 2
+    (student / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 1}))
+    flags = ["--student", str(student), "--init", "random", "--tensor-model-parallel-size", "2", "--dry-run"]
+    assert main([*run_flags, *flags]) == 0
 
 
 @pytest.mark.parametrize(

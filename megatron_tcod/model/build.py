@@ -66,31 +66,33 @@ class Recompute:
             )
 
 
-def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
-    """ValueError when the model cannot be cut this way, naming the size at fault."""
-    tp = layout.tensor_model_parallel_size
+def check_layout(shape: ModelShape, layout: ParallelLayout, *, whose: str = "the model's") -> None:
+    """ValueError when a model cannot be cut this way, naming the size at fault."""
+    tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
     for name in ("num_attention_heads", "ffn_hidden_size"):
         if getattr(shape, name) % tp:
             raise ValueError(
-                f"tensor_model_parallel_size {tp} does not divide {name} {getattr(shape, name)}; choose a divisor"
+                f"tensor_model_parallel_size {tp} does not divide {whose} {name} {getattr(shape, name)}; choose a divisor"
             )
-    check_experts(shape, layout)
+    check_experts(shape, layout, whose=whose)
     groups = shape.num_query_groups
     if groups % tp and tp % groups:
         raise ValueError(
-            f"tensor_model_parallel_size {tp} and num_query_groups {groups}: one must divide the other; choose such a tp"
+            f"tensor_model_parallel_size {tp} and {whose} num_query_groups {groups}: one must divide the other; choose such "
+            "a size"
         )
-    cp, heads, groups = layout.context_parallel_size, shape.num_attention_heads // tp, max(groups // tp, 1)
+    heads, groups = shape.num_attention_heads // tp, max(groups // tp, 1)
     if heads % cp or (groups % cp and cp % groups):
         raise ValueError(
-            f"context_parallel_size {cp} shares out the {heads} query and {groups} key-value heads of a tensor-parallel "
+            f"context_parallel_size {cp} shares out {whose} {heads} query and {groups} key-value heads of a tensor-parallel "
             "rank: it must divide the first, and divide or be a multiple of the second; choose such a cp"
         )
     num_chunks = layout.pipeline_model_parallel_size * (layout.virtual_pipeline_model_parallel_size or 1)
     if shape.num_layers % num_chunks:
         raise ValueError(
-            f"num_layers {shape.num_layers} is not a multiple of the {num_chunks} pipeline chunks "
-            f"(pp {layout.pipeline_model_parallel_size} x virtual {layout.virtual_pipeline_model_parallel_size or 1})"
+            f"{whose} num_layers {shape.num_layers} is not a multiple of the {num_chunks} pipeline chunks (pp "
+            f"{layout.pipeline_model_parallel_size} x virtual {layout.virtual_pipeline_model_parallel_size or 1}); change "
+            "one of them"
         )
 
 

@@ -62,7 +62,7 @@ def expert_mlp(mlp: ModuleSpec) -> ModuleSpec:
     return mlp.submodules.experts
 
 
-def check_experts(shape: ModelShape, layout: ParallelLayout, *, whose: str = "the") -> None:
+def check_experts(shape: ModelShape, layout: ParallelLayout, *, whose: str = "the model's") -> None:
     """ValueError when tensor parallelism does not divide an expert, or expert parallelism their number.
 
     A dense model passes: beside one with experts, under the same layout, it has nothing to share out.
@@ -70,8 +70,8 @@ def check_experts(shape: ModelShape, layout: ParallelLayout, *, whose: str = "th
     tp, ep = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
     if shape.experts is not None and shape.experts.ffn_hidden_size % tp:
         raise ValueError(
-            f"tensor_model_parallel_size {tp} does not divide the experts' ffn_hidden_size "
-            f"{shape.experts.ffn_hidden_size}; choose a divisor"
+            f"tensor_model_parallel_size {tp} does not divide {whose} ffn_hidden_size {shape.experts.ffn_hidden_size} of an "
+            "expert; choose a divisor"
         )
     if shape.experts is not None and shape.experts.num_experts % ep:
         raise ValueError(

@@ -40,7 +40,8 @@ class PackedRows(PackedSeqParams):
     cos: Tensor | None = None  # [T, 1, D/2]
     sin: Tensor | None = None  # [T, 1, D/2]
     kv_index: Tensor | None = None  # [cu_seqlens_kv[-1]] packed token of each key; None where keys lie as queries do
-    plan: SegmentPlan | None = None  # for torch's attention
+    parents: Tensor | None = None  # [B] the segment that each segment continues
+    _plan: SegmentPlan | None = None
 
     @classmethod
     def build(
@@ -72,8 +73,15 @@ class PackedRows(PackedSeqParams):
             cos=angles.cos().to(device, dtype),
             sin=angles.sin().to(device, dtype),
             kv_index=None if parents is None else kv_index(cu_seqlens, parents),
-            plan=SegmentPlan.build(cu_seqlens, parents),
+            parents=parents,
         )
+
+    @property
+    def plan(self) -> SegmentPlan:
+        """For torch's attention, made once, when it is asked for."""
+        if self._plan is None:
+            self._plan = SegmentPlan.build(self.cu_seqlens_q, self.parents)
+        return self._plan
 
 
 class _Rotate(torch.autograd.Function):

@@ -127,15 +127,16 @@ def load_teacher(
     own_layout: ParallelLayout | None = None,
     offload: bool = False,
     transformer_impl: str = "auto",
+    timeout_minutes: float = 10,
 ) -> Teacher:
     """The frozen teacher of a Hugging Face directory, its vocabulary cut like the student's. Collective.
 
     `layout` and `student` are the student's. With `own_layout` the teacher is cut by that over the same ranks; with
-    `offload` its weights stay in host memory between scores.
+    `offload` its weights stay in host memory between scores. `timeout_minutes` is that of its groups' collectives.
     """
     family, shape = read_hf_config(directory)
     verify_if_listed(directory)
-    mesh = build_mesh(own_layout) if own_layout else None
+    mesh = build_mesh(own_layout, timeout_minutes=timeout_minutes) if own_layout else None
     teacher = Teacher(shape, layout, seed=None, dtype=dtype, mesh=mesh, transformer_impl=transformer_impl)
     with teacher.active():
         load_hf(teacher.chunks, directory, family, shape)

@@ -28,12 +28,12 @@ def test_padded_vocabulary_is_the_next_multiple_that_every_rank_shares():
 @pytest.mark.parametrize(
     ("shape", "layout", "message"),
     [
-        ({}, {"tensor_model_parallel_size": 3}, "tensor_model_parallel_size 3 does not divide num_attention_heads 4"),
-        ({"ffn_hidden_size": 81}, {"tensor_model_parallel_size": 2}, "does not divide ffn_hidden_size 81"),
+        ({}, {"tensor_model_parallel_size": 3}, "size 3 does not divide the model's num_attention_heads 4"),
+        ({"ffn_hidden_size": 81}, {"tensor_model_parallel_size": 2}, "does not divide the model's ffn_hidden_size 81"),
         (
             {"num_attention_heads": 12, "num_query_groups": 3},
             {"tensor_model_parallel_size": 4},
-            "size 4 and num_query_groups 3",
+            "size 4 and the model's num_query_groups 3",
         ),
         ({}, {"pipeline_model_parallel_size": 3}, "num_layers 4 is not a multiple of the 3 pipeline chunks"),
         (

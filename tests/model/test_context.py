@@ -73,8 +73,8 @@ def test_ranks_trade_tokens_for_heads_and_hold_every_token_and_trained_position_
 @pytest.mark.parametrize(
     ("tp", "cp", "message"),
     [
-        (1, 3, "context_parallel_size 3 shares out the 8 query and 2 key-value heads"),
-        (4, 4, "context_parallel_size 4 shares out the 2 query and 1 key-value heads"),
+        (1, 3, "context_parallel_size 3 shares out the model's 8 query and 2 key-value heads"),
+        (4, 4, "context_parallel_size 4 shares out the model's 2 query and 1 key-value heads"),
     ],
 )
 def test_context_parallel_size_that_does_not_fit_the_heads_is_refused_by_name(tp, cp, message):

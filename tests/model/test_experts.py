@@ -110,5 +110,5 @@ def test_experts_at_tp_2_are_trained_only_under_sequence_parallelism():
 
 def test_experts_that_tensor_parallelism_does_not_divide_are_refused():
     shape = shape_of(dataclasses.replace(EXPERTS, ffn_hidden_size=26))
-    with pytest.raises(ValueError, match="tensor_model_parallel_size 4 does not divide the experts' ffn_hidden_size 26"):
+    with pytest.raises(ValueError, match="size 4 does not divide the model's ffn_hidden_size 26 of an expert"):
         build.check_layout(shape, ParallelLayout(tensor_model_parallel_size=4))
