@@ -52,6 +52,7 @@ from megatron_tcod.model.weight_files import (
     file_sha256,
     publish_directory,
     read_json,
+    restore_set_aside,
     staging_directory,
     staging_name,
     sync_file,
@@ -258,9 +259,13 @@ def _together(work: Callable[[], None] | None) -> None:
 
 
 def _remove_old(root: Path, *, keep: int, newest: Path) -> None:
-    others = [path for path in _directories(root) if path != newest]
-    for path in others[keep - 1 :]:
-        hidden = path.with_name(f".{path.name}.old")
+    """Keep `newest` and the `keep` - 1 steps before it. Steps behind it are of a history that a resume has left."""
+    steps = _directories(root)
+    place = steps.index(newest)
+    if place:
+        logger.warning("removing %s: training has gone back behind them", ", ".join(path.name for path in steps[:place]))
+    for path in [*steps[:place], *steps[place + keep :]]:
+        hidden = path.with_name(f".{path.name}.gone")
         path.rename(hidden)  # invisible before it is incomplete
         shutil.rmtree(hidden)
     for stale in root.glob(".step_*"):
@@ -318,6 +323,8 @@ def find_latest(root: str | Path) -> Path | None:
 def _find_together(root: Path) -> Path | None:
     """`find_latest` by all ranks: rank 0 lists, each hashes its share of the files. Collective."""
     group = parallel.io_group()
+    if parallel.rank() == 0:
+        restore_set_aside(root)
     names = json.dumps([path.name for path in candidates(root)] if parallel.rank() == 0 else [])
     listed = json.loads(parallel.all_gather_bytes(names.encode(), group=group)[0])
     return first_intact([root / name for name in listed], verify)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {
     "F64": torch.float64,
@@ -249,7 +252,7 @@ def sync_directory(directory: Path) -> None:
 def replaced_directory(target: Path) -> Iterator[Path]:
     """A hidden empty sibling to fill; renamed to `target` when the block succeeds, removed when it raises.
 
-    A `target` that exists is set aside until the new one is in place.
+    A `target` that exists is set aside until the new one is in place; after a kill in between, `restore_set_aside`.
     """
     staging = staging_directory(target)
     try:
@@ -282,6 +285,15 @@ def publish_directory(staging: Path, target: Path) -> None:
     os.rename(staging, target)
     sync_directory(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def restore_set_aside(root: Path) -> None:
+    """Put back what `publish_directory` had set aside when its process was killed before the new one was in place."""
+    for aside in root.glob(".*.old"):
+        target = root / aside.name[1 : -len(".old")]
+        if not target.exists():
+            logger.warning("%s: putting it back, a save that was to replace it did not end", target)
+            os.rename(aside, target)
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:

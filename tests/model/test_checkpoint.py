@@ -405,7 +405,7 @@ def test_when_none_is_intact_each_reason_is_given(root):
 
 def test_what_a_crash_leaves_behind_is_invisible_and_swept_up(root):
     shutil.copytree(root / "step_0000002", root / ".step_0000003.tmp")  # killed before the rename
-    shutil.copytree(root / "step_0000002", root / ".step_0000000.old")  # killed while removing an old one
+    shutil.copytree(root / "step_0000002", root / ".step_0000000.gone")  # killed while removing an old one
     (root / ".latest.tmp").write_text("step_00000")  # killed while replacing the pointer
     shutil.copytree(root / "step_0000002", root / "step_0000004")
     (root / "step_0000004" / "manifest.json").unlink()  # not by us: a copy by hand that stopped half-way
@@ -416,6 +416,27 @@ def test_what_a_crash_leaves_behind_is_invisible_and_swept_up(root):
     save_student(root, student, 3)
     assert not list(root.glob(".step_*"))
     assert find_latest(root) == root / "step_0000003"
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_loses_neither(root, caplog):
+    (root / "step_0000002").rename(root / ".step_0000002.old")  # set aside, and the new one not yet in place
+    shutil.copytree(root / "step_0000001", root / ".step_0000002.tmp")
+    student = new_student()
+    assert load_student(root, student).step == 2
+    assert "step_0000002: putting it back" in caplog.text
+    save_student(root, student, 2, keep=1)
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_0000002"]
+
+
+def test_a_damaged_step_ahead_is_not_kept_in_place_of_an_intact_one(root, caplog):
+    student = new_student()
+    load_student(root, student)
+    save_student(root, student, 6)
+    (root / "step_0000006" / "state.json").write_text("{}")
+    assert load_student(root, student).step == 2
+    save_student(root, student, 4)
+    assert sorted(path.name for path in root.glob("step_*")) == ["step_0000002", "step_0000004"]
+    assert "removing step_0000006: training has gone back behind them" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["", "step_0000009\n", "../elsewhere\n", "\x00\xff"])
