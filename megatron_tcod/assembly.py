@@ -36,7 +36,7 @@ from megatron_tcod.model.teacher import Teacher
 from megatron_tcod.model.weight_files import read_json
 from megatron_tcod.objective import make_objective
 from megatron_tcod.packing import pack
-from megatron_tcod.rollout.ahead import CollectAhead
+from megatron_tcod.rollout.ahead import CollectAhead, play_unless
 from megatron_tcod.rollout.chat import TurnTokenizer
 from megatron_tcod.rollout.embedded_engine import EmbeddedEngine
 from megatron_tcod.rollout.engine import RolloutEngine
@@ -44,6 +44,7 @@ from megatron_tcod.rollout.episodes import Assignment, PlaySettings, collect_epi
 from megatron_tcod.rollout.outcomes import check_outcomes
 from megatron_tcod.rollout.prefix import PrefixReuse, step_prefixes
 from megatron_tcod.rollout.supervised import demonstration_episode
+from megatron_tcod.stop_signals import StopSignals
 from megatron_tcod.trajectory import Demonstration, Episode, Microbatch, Task, TurnWindow, decode, encode
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class Player:
     engine: RolloutEngine
     players: list[int]
     """Ranks that play episodes."""
+    stop: StopSignals | None = None
+    """Whose signal ends what is being played."""
     closing: ExitStack = field(default_factory=ExitStack)
     """What to end, last things first."""
 
@@ -89,8 +92,20 @@ class Player:
             players=self.players,
         )
         horizon = TurnWindow(0, settings.max_turns)
-        own = asyncio.run(play(tasks, [horizon] * len(tasks), step=0, curriculum_k=settings.max_turns))
-        return gather_episodes(own, num_tasks=len(tasks), num_samples=num_samples, players=self.players)
+        whole = play(tasks, [horizon] * len(tasks), step=0, curriculum_k=settings.max_turns)
+        own = asyncio.run(play_unless(whole, self.is_stopping))
+        return self.gather(own, num_tasks=len(tasks), num_samples=num_samples)
+
+    def is_stopping(self) -> bool:
+        """Whether this rank is to give up what it plays."""
+        return self.stop is not None and self.stop.is_received
+
+    def gather(self, own: list[Episode] | None, *, num_tasks: int, num_samples: int) -> list[Episode]:
+        """The episodes of all players, in task order, on every rank; `Stopped` on all where one rank was told to stop.
+        Collective."""
+        if self.stop is not None:
+            self.stop.check()
+        return gather_episodes(own or [], num_tasks=num_tasks, num_samples=num_samples, players=self.players)
 
 
 @dataclass(kw_only=True)
@@ -103,7 +118,10 @@ class Assembly(Player):
     teacher: Teacher | ServerTeacher | None
     objective: Callable[..., Any]
     """Of training."""
-    collect: Callable[..., list[Episode]]
+    play: Play
+    """This rank's share of a step's episodes, in their windows."""
+    ahead: CollectAhead[list[Episode]] | None
+    """Who plays them before they are asked for, with staleness."""
     pack: Callable[[list[Episode]], list[Microbatch]]
     train_tasks: Sequence[Task]
     vocab_size: int
@@ -112,6 +130,20 @@ class Assembly(Player):
     def tasks_of(self, step: int) -> list[Task]:
         """The step's tasks: each epoch visits every training task once, in an order drawn from the seed."""
         return tasks_of_step(self.config, self.train_tasks, step)
+
+    def collect(
+        self, tasks: Sequence[Task], windows: Sequence[TurnWindow], *, step: int, curriculum_k: int
+    ) -> list[Episode]:
+        """A `tcod.Collect`: plays, or hands out what was played ahead."""
+        if self.ahead is not None:
+            own = self.ahead.take(step, is_stopping=self.is_stopping)
+        else:
+            windowed = self.play(tasks, windows, step=step, curriculum_k=curriculum_k)
+            own = asyncio.run(play_unless(windowed, self.is_stopping))
+        episodes = self.gather(own, num_tasks=len(tasks), num_samples=self.config.rollout.n_samples_per_prompt)
+        environment = self.config.environment
+        check_outcomes(episodes, max_diverged=environment.max_diverged, max_env_faults=environment.max_env_faults)
+        return episodes
 
     def demonstrations_of(self, step: int) -> list[Episode]:
         """The step's recorded turns as rows to imitate: from the file, or played by the environment's expert now."""
@@ -379,27 +411,6 @@ def gather_episodes(own: list[Episode], *, num_tasks: int, num_samples: int, pla
     return episodes
 
 
-def make_collect(
-    play: Play,
-    *,
-    players: list[int],
-    num_samples: int,
-    ahead: CollectAhead[list[Episode]] | None,
-    environment: EnvironmentConfig,
-) -> Callable[..., list[Episode]]:
-    """A `tcod.Collect`: plays when it is called, or hands out what was played `ahead`."""
-
-    def collect(
-        tasks: Sequence[Task], windows: Sequence[TurnWindow], *, step: int, curriculum_k: int
-    ) -> list[Episode]:
-        own = ahead.take(step) if ahead else asyncio.run(play(tasks, windows, step=step, curriculum_k=curriculum_k))
-        episodes = gather_episodes(own, num_tasks=len(tasks), num_samples=num_samples, players=players)
-        check_outcomes(episodes, max_diverged=environment.max_diverged, max_env_faults=environment.max_env_faults)
-        return episodes
-
-    return collect
-
-
 def play_ahead(
     config: Config, play: Play, curriculum: Curriculum, train_tasks: Sequence[Task]
 ) -> CollectAhead[list[Episode]]:
@@ -492,13 +503,8 @@ def build_run(config: Config, layout: ParallelLayout, servers: list[Any], closin
         engine=engine,
         players=players,
         objective=objective_of(config.objective, rollout, vocab_size=vocab_size),
-        collect=make_collect(
-            play,
-            players=players,
-            num_samples=rollout.n_samples_per_prompt,
-            ahead=ahead,
-            environment=config.environment,
-        ),
+        play=play,
+        ahead=ahead,
         pack=make_pack(config, student.shape),
         train_tasks=tasks,
         vocab_size=vocab_size,

@@ -6,7 +6,8 @@
 The run directory (`--save`) holds config.toml, metrics.jsonl, trajectories.jsonl, checkpoints/ and evaluation/. The same
 command continues an interrupted run from its newest intact checkpoint: records written after it are cut off and made
 again, bit for bit where the environment is deterministic. A finished run has nothing left to do. SIGTERM, SIGUSR1 and
-Ctrl-C end it after the step in progress with a checkpoint, `stopped.json` and a code of their own (`stop_signals.py`).
+Ctrl-C end it with a checkpoint, `stopped.json` and a code of their own (`stop_signals.py`); episodes that are being played
+then are given up.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from megatron_tcod.model.segments import cost_of_pair
 from megatron_tcod.model.weight_files import SINGLE_FILE
 from megatron_tcod.preflight import check_run_directory, check_training, preflight
 from megatron_tcod.run_lock import RunLock
-from megatron_tcod.stop_signals import EXIT_CODES, StopSignals
+from megatron_tcod.stop_signals import EXIT_CODES, Stopped, StopSignals
 from megatron_tcod.tcod import sft_step, tcod_step
 from megatron_tcod.trajectory import Episode, Microbatch
 from megatron_tcod.watchdog import NoWatchdog, Watchdog, watch_ranks
@@ -200,39 +201,58 @@ def train_assembled(config: Config, run: Assembly, watchdog: Watchdog | NoWatchd
     run.warm_teacher(start)
     cost, offsets = cost_of_pair(run.student.shape), state.get("journals", {})
     with (
-        StopSignals() as stop,
+        StopSignals(parallel.open_store("signals", timeout_seconds=60)) as run.stop,
         RunRecords(config, decode_ids=run.tokenizer.decode, offsets=offsets, pair_cost=cost) as records,
     ):
         if parallel.rank() == 0:
             report_start(run, directory, start, state)
-        if not evaluation_path(directory, start).exists():
-            evaluate_if_due(run, start)  # a run that was stopped behind this step left it out
-        clock.take()
-        for step in range(start, config.training.train_iters):
-            watchdog.enter("preparation", step=step)
-            episodes, microbatches, stats = step_of(run, step)
-            if not stats.is_finite:
-                raise FloatingPointError(
-                    f"step {step + 1}: loss {stats.loss}, gradient norm {stats.grad_norm}; no weight was changed. "
-                    f"Restart to continue from the last checkpoint, with a lower lr if it comes back"
-                )
-            watchdog.enter("records, evaluation and checkpoint")
-            run.warm_teacher(step + 1)
-            records.write_step(
-                step, episodes, microbatches, stats, seconds=clock.take(), counts=run.take_prefix_counts()
-            )
-            received = stop.agreed_signal() if step + 1 < config.training.train_iters else None
-            if received is None:
-                evaluate_if_due(run, step + 1)
-            save_if_due(run, records, step + 1, is_stopping=received is not None)
-            if received is not None:
-                run.student.finish_saving()
-                return report_stop(directory, received, step + 1)
-            clock.take()
+        done, received = take_steps(run, records, clock, watchdog, start=start, is_saved=loaded is not None)
         if start == config.training.train_iters and not (loaded and (loaded.path / SINGLE_FILE).exists()):
             save_if_due(run, records, start)
         run.student.finish_saving()
-    return 0
+    return report_stop(directory, received, done) if received is not None else 0
+
+
+def take_steps(
+    run: Assembly,
+    records: RunRecords,
+    clock: PhaseClock,
+    watchdog: Watchdog | NoWatchdog,
+    *,
+    start: int,
+    is_saved: bool,
+) -> tuple[int, signal.Signals | None]:
+    """Steps from `start` to the last, or to a signal, each recorded, evaluated and saved where that is due; how many are
+    done, and the signal. `is_saved`: there is a checkpoint of `start`. Collective."""
+    done, last = start, run.config.training.train_iters
+    try:
+        if not evaluation_path(Path(run.config.training.save), start).exists():
+            evaluate_if_due(run, start)  # a run that was stopped behind this step left it out
+        clock.take()
+        while done < last:
+            watchdog.enter("preparation", step=done)
+            episodes, microbatches, stats = step_of(run, done)
+            if not stats.is_finite:
+                raise FloatingPointError(
+                    f"step {done + 1}: loss {stats.loss}, gradient norm {stats.grad_norm}; no weight was changed. "
+                    f"Restart to continue from the last checkpoint, with a lower lr if it comes back"
+                )
+            watchdog.enter("records, evaluation and checkpoint")
+            run.warm_teacher(done + 1)
+            records.write_step(
+                done, episodes, microbatches, stats, seconds=clock.take(), counts=run.take_prefix_counts()
+            )
+            done, is_saved = done + 1, False
+            if done < last:
+                run.stop.check()
+            evaluate_if_due(run, done)
+            is_saved = save_if_due(run, records, done)
+            clock.take()
+    except Stopped as signalled:  # between two steps as far as weights and records go
+        if not is_saved:
+            save_if_due(run, records, done, is_stopping=True)
+        return done, signalled.received
+    return done, None
 
 
 def step_of(run: Assembly, step: int) -> tuple[list[Episode], list[Microbatch], Any]:
@@ -254,7 +274,7 @@ def step_of(run: Assembly, step: int) -> tuple[list[Episode], list[Microbatch], 
 
 
 def evaluate_if_due(run: Assembly, done: int) -> None:
-    """Evaluate after `done` steps where the interval or the end says so, unless that was done before. Collective."""
+    """Evaluate after `done` steps where the interval or the end says so. Collective."""
     evaluation, path = run.config.evaluation, evaluation_path(Path(run.config.training.save), done)
     is_last = done == run.config.training.train_iters
     is_due = done and evaluation.eval_interval and done % evaluation.eval_interval == 0
@@ -265,20 +285,22 @@ def evaluate_if_due(run: Assembly, done: int) -> None:
         run.take_prefix_counts()  # the evaluation's are no step's
 
 
-def save_if_due(run: Assembly, records: RunRecords, done: int, *, is_stopping: bool = False) -> None:
-    """Write a checkpoint where the interval, the end or a signal says so; `done` counts the finished steps. Collective."""
+def save_if_due(run: Assembly, records: RunRecords, done: int, *, is_stopping: bool = False) -> bool:
+    """Write a checkpoint where the interval, the end or a signal says so, and whether it did; `done` counts the finished
+    steps. Collective."""
     training = run.config.training
     is_last = done == training.train_iters
-    if is_last or is_stopping or done % training.save_interval == 0:
-        state = {"journals": records.offsets(), "config": to_dict(run.config), **position(run, done)}
-        run.student.save(
-            Path(training.save) / "checkpoints",
-            step=done,
-            state=state,
-            keep=training.keep_checkpoints,
-            with_hf_weights=is_last or training.save_hf,
-            in_background=training.async_save and not is_last,
-        )
+    if not (is_last or is_stopping or done % training.save_interval == 0):
+        return False
+    run.student.save(
+        Path(training.save) / "checkpoints",
+        step=done,
+        state={"journals": records.offsets(), "config": to_dict(run.config), **position(run, done)},
+        keep=training.keep_checkpoints,
+        with_hf_weights=is_last or training.save_hf,
+        in_background=training.async_save and not is_last,
+    )
+    return True
 
 
 def position(run: Assembly, done: int) -> dict[str, Any]:

@@ -24,10 +24,8 @@ own turns, so a job that is suspended and continued as a whole does not end.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import os
-import secrets
 import socket
 import sys
 import threading
@@ -67,17 +65,8 @@ def watch_ranks(*, heartbeat_seconds: float, stall_seconds: float) -> Watchdog |
     """The watchdog of this rank over the whole world. Collective."""
     if not heartbeat_seconds or parallel.world_size() == 1:
         return NoWatchdog()
-    # A restarted job may meet the store of the life before: reports go under a name drawn anew.
-    name = parallel.all_gather_bytes(secrets.token_hex(8).encode() if parallel.rank() == 0 else b"")[0].decode()
-    store = dist.TCPStore(  # a connection of its own: the main thread may wait on the other one
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
-        timeout=datetime.timedelta(seconds=heartbeat_seconds),
-    )
     return Watchdog(
-        dist.PrefixStore(f"watchdog/{name}", store),
+        parallel.open_store("watchdog", timeout_seconds=heartbeat_seconds),
         rank=parallel.rank(),
         world_size=parallel.world_size(),
         heartbeat_seconds=heartbeat_seconds,

@@ -32,8 +32,12 @@ def steps_done(save):
 
 
 def wait_for_step(run, save, step):
+    wait_until(run, lambda: steps_done(save) >= step)
+
+
+def wait_until(run, is_so):
     deadline = time.monotonic() + 120
-    while steps_done(save) < step:
+    while not is_so():
         assert run.is_running(), run.said()
         assert time.monotonic() < deadline, run.said()
         time.sleep(0.01)
@@ -106,6 +110,26 @@ def test_one_rank_that_is_told_stops_all_of_them(server, undisturbed, tmp_path):
     os.kill(run.pids[1], signal.SIGUSR1)
     assert run.wait(GRACE_SECONDS) == [75, 75], run.said()
     assert latest(save).name == f"step_{steps_done(save):07d}"
+
+
+@pytest.mark.parametrize("phase", ["rollout", "evaluation"])
+def test_what_is_being_played_is_given_up_so_that_the_grace_need_not_cover_a_step(server, undisturbed, tmp_path, phase):
+    flags, _ = undisturbed
+    save = tmp_path / "run"
+    long = ["--max-turns", "50", "--rollout-max-response-len", "24", "--rollout-max-context-len", "2048"]
+    long += ["--train-tasks", "800"]
+    long += {
+        "rollout": ["--rollout-batch-size", "800", "--curriculum", "full"],
+        "evaluation": ["--eval-interval", "1", "--eval-tasks", "800", "--eval-split", "train"],
+    }[phase]
+    run = server.start(command(flags, save, *long, "--tensor-model-parallel-size", "2"), num_ranks=2)
+    done = {"rollout": 0, "evaluation": 1}[phase]
+    wait_until(run, lambda: (save / "config.toml").exists() and steps_done(save) == done)
+    time.sleep(2)  # into the episodes
+    os.kill(run.pids[1], signal.SIGTERM)
+    assert run.wait(GRACE_SECONDS) == [143, 143], run.said()
+    assert json.loads((save / "stopped.json").read_text())["step"] == steps_done(save) == done
+    assert latest(save).name == f"step_{done:07d}" and not list((save / "evaluation").glob("*"))
 
 
 @pytest.mark.slow

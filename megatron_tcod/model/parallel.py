@@ -17,6 +17,7 @@ import contextlib
 import datetime
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -189,6 +190,24 @@ def _join_world(timeout: datetime.timedelta) -> None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def open_store(purpose: str, *, timeout_seconds: float) -> dist.Store | None:
+    """A connection of this rank's own to the store by which the world has met; None in a world of one. Collective.
+
+    Keys are this life's: a restarted job may meet the store of the life before.
+    """
+    if world_size() == 1:
+        return None
+    life = all_gather_bytes(secrets.token_hex(8).encode() if rank() == 0 else b"")[0].decode()
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+    )
+    return dist.PrefixStore(f"{purpose}/{life}", store)
 
 
 def shutdown() -> None:

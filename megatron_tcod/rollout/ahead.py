@@ -18,10 +18,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, Generic, TypeVar
 
 Played = TypeVar("Played")
+STOP_POLL_S = 0.2
+"""How often one who waits for episodes looks whether the run is to stop."""
 
 
 class CollectAhead(Generic[Played]):
@@ -37,12 +39,17 @@ class CollectAhead(Generic[Played]):
         self._thread = threading.Thread(target=self._loop.run_forever, name="collect_ahead", daemon=True)
         self._thread.start()
 
-    def take(self, step: int) -> Played:
-        """What `play(step)` returned or raised; steps up to `step + max_staleness` have been started."""
+    def take(self, step: int, *, is_stopping: Callable[[], bool] = lambda: False) -> Played | None:
+        """What `play(step)` returned or raised; steps up to `step + max_staleness` have been started. None once
+        `is_stopping` says so while it waits."""
         for coming in range(step, max(min(step + self._max_staleness + 1, self._stop), step + 1)):
             if coming not in self._started:
                 self._started[coming] = asyncio.run_coroutine_threadsafe(self._play(coming), self._loop)
-        return self._started.pop(step).result()
+        played = self._started.pop(step)
+        while not wait([played], timeout=STOP_POLL_S).done:
+            if is_stopping():
+                return None
+        return played.result()
 
     def close(self) -> None:
         """Cancel what is under way and wait until it has cleaned up. Harmless when called again."""
@@ -52,6 +59,17 @@ class CollectAhead(Generic[Played]):
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def play_unless(play: Coroutine[Any, Any, Played], is_stopping: Callable[[], bool]) -> Played | None:
+    """What `play` returns or raises; None, and `play` is cancelled, once `is_stopping` says so."""
+    task = asyncio.ensure_future(play)
+    while not (await asyncio.wait([task], timeout=STOP_POLL_S))[0]:
+        if is_stopping():
+            task.cancel()
+            await asyncio.wait([task])
+            return None
+    return task.result()
 
 
 async def _cancel_others() -> None:

@@ -61,6 +61,15 @@ def test_steps_play_while_others_train_and_a_slow_one_makes_the_trainer_wait():
     ahead.close()
 
 
+def test_who_waits_for_a_step_goes_when_the_run_is_to_stop():
+    plays, told = Plays(), threading.Event()
+    ahead = CollectAhead(plays, max_staleness=1, stop=STOP)
+    threading.Timer(0.3, told.set).start()
+    assert ahead.take(0, is_stopping=told.is_set) is None and told.is_set()
+    ahead.close()
+    assert sorted(plays.cancelled) == [0, 1]
+
+
 def test_an_error_reaches_the_step_that_it_belongs_to():
     async def play(step):
         if step == 2:
