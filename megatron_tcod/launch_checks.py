@@ -236,6 +236,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--gpus-per-node", dest="ranks_per_node", type=int, required=True, metavar="N")
     parser.add_argument("--master-addr", default="127.0.0.1")
     parser.add_argument("--master-port", type=int, default=29500)
+    parser.add_argument("--resolve-seconds", type=float, default=Node.resolve_seconds, help="for node 0 to have a name")
     parser.add_argument("--log-dir", default="logs")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     own = list(argv[: argv.index("--")]) if "--" in argv else list(argv)

@@ -26,7 +26,8 @@ import psutil
 LOCK_FILE = "run.lock"
 TOUCH_SECONDS = 15.0
 STALE_SECONDS = 120.0
-JOB_VARIABLES = ("SLURM_JOB_ID", "JOB_COMPLETION_INDEX_UID")
+JOB_VARIABLES = ("SLURM_JOB_ID", "KUBERNETES_JOB_UID")
+"""What names a batch job over all its hosts and starts; the second is set by examples/launch/kubernetes.yaml."""
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from megatron_tcod import launch_checks
 from megatron_tcod.config import load_config
 from megatron_tcod.journal import read_journal
 from megatron_tcod.launch_checks import Node, check_node
+from megatron_tcod.run_lock import JOB_VARIABLES
 
 LAUNCH = Path(__file__).parents[1] / "examples" / "launch"
 
@@ -149,7 +150,9 @@ def test_kubernetes_manifest_sets_what_the_script_reads():
     assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
     read = set(re.findall(r"\b([A-Z_]+)=\$\{\1:-", (LAUNCH / "multi_node.sh").read_text())) | {"NODE_ADDR"}
     in_command = set(re.findall(r"\b([A-Z_]+)=", container["args"][0]))
-    assert (set(variables) - {"POD_IP"}) | in_command <= read
+    assert (set(variables) - {"POD_IP", "KUBERNETES_JOB_UID"}) | in_command <= read
+    assert "KUBERNETES_JOB_UID" in JOB_VARIABLES and variables.get("KUBERNETES_JOB_UID", "") is None  # from the pod's label
+    assert float(variables["RESOLVE_SECONDS"]) > Node.resolve_seconds  # pod 0 may be scheduled late; a mistake ends the job
     assert {"NODE_RANK", "NODE_ADDR"} == in_command
     assert spec["template"]["spec"]["terminationGracePeriodSeconds"] > int(variables["GRACE_SECONDS"])
 

@@ -12,6 +12,7 @@
 #
 #   MASTER_ADDR, MASTER_PORT   node 0, as the others reach it          JOB_ID        names this job among others
 #   NODE_ADDR                  this node's own address, where its hostname is not what the others know it by
+#   RESOLVE_SECONDS            how long the name of node 0 may take to appear
 #   DEVICE                     cuda, cpu or auto (default): cuda refuses to start without GPUs
 #   ENTRY                      module to run instead of megatron_tcod.train
 set -euo pipefail
@@ -23,6 +24,7 @@ MASTER_PORT=${MASTER_PORT:-29500}
 JOB_ID=${JOB_ID:-tcod}
 MAX_RESTARTS=${MAX_RESTARTS:-3}
 GRACE_SECONDS=${GRACE_SECONDS:-120}
+RESOLVE_SECONDS=${RESOLVE_SECONDS:-60}
 LOG_DIR=${LOG_DIR:-logs/$JOB_ID}
 DEVICE=${DEVICE:-auto}
 ENTRY=${ENTRY:-megatron_tcod.train}
@@ -34,7 +36,8 @@ logs=$LOG_DIR/node_$NODE_RANK
 mkdir -p "$logs"
 
 python -m megatron_tcod.doctor launch --num-nodes "$NUM_NODES" --node-rank "$NODE_RANK" --gpus-per-node "$GPUS_PER_NODE" \
-  --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --log-dir "$logs" --device "$DEVICE" -- "$@"
+  --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --resolve-seconds "$RESOLVE_SECONDS" \
+  --log-dir "$logs" --device "$DEVICE" -- "$@"
 
 is_host=$([[ $NODE_RANK == 0 ]] && echo true || echo false)
 command=(
