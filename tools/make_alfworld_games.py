@@ -48,8 +48,6 @@ LAMP = "DeskLamp"
 LAMP_PLACES = ("Desk", "SideTable", "Dresser", "Shelf", "CoffeeTable", "DiningTable")
 NO_PLACES = {"Sink", "Bathtub", "PaintingHanger"}
 MAX_DRAWS = 50
-MAX_WALKTHROUGH = 50
-"""Turns; longer games are drawn again. The usual horizon is 30, so some games stay out of reach of a mere search."""
 
 
 @dataclass(frozen=True)
@@ -88,18 +86,20 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=60, help="games of each split, the six families in turn")
     parser.add_argument("--valid-seen", type=int, default=12)
     parser.add_argument("--valid-unseen", type=int, default=12)
+    told = "turns; games that take the expert more are drawn again (at the usual horizon of 30 some of 50 are out of reach)"
+    parser.add_argument("--max-walkthrough", type=int, default=50, help=told)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     try:
         ALFWorld.require()
         counts = {split: getattr(arguments, split) for split in SPLITS}
-        make_games(arguments.out, counts, seed=arguments.seed)
+        make_games(arguments.out, counts, max_turns=arguments.max_walkthrough, seed=arguments.seed)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def make_games(out: Path, counts: dict[str, int], *, seed: int) -> None:
+def make_games(out: Path, counts: dict[str, int], *, max_turns: int, seed: int) -> None:
     """Write the games of all splits into `out`, a new folder that appears with all of them or not at all."""
     if out.exists():
         raise ValueError(f"{out} is there already; expected a new folder: name another --out or remove it")
@@ -111,7 +111,7 @@ def make_games(out: Path, counts: dict[str, int], *, seed: int) -> None:
         for index in range(count):
             rng = random.Random(f"{seed}/{split}/{index}")
             for _ in range(MAX_DRAWS):
-                walkthrough = write_game(staging, split, index, rooms, rng)
+                walkthrough = write_game(staging, split, index, rooms, rng, max_turns=max_turns)
                 if walkthrough:
                     break
                 num_unfit, num_lost = num_unfit + (walkthrough is None), num_lost + (walkthrough == [])
@@ -127,7 +127,9 @@ def make_games(out: Path, counts: dict[str, int], *, seed: int) -> None:
     staging.rename(out)
 
 
-def write_game(out: Path, split: str, index: int, rooms: list[Room], rng: random.Random) -> list[str] | None:
+def write_game(
+    out: Path, split: str, index: int, rooms: list[Room], rng: random.Random, *, max_turns: int
+) -> list[str] | None:
     """Draw and write one game; its walkthrough, none (and no files) when the engine does not win it. None: no room fits."""
     game = draw_game(FAMILIES[index % len(FAMILIES)], rooms, rng)
     if game is None:
@@ -161,7 +163,7 @@ def write_game(out: Path, split: str, index: int, rooms: list[Room], rng: random
         "walkthrough": None,
     }
     (folder / GAME_FILE).write_text(json.dumps(data))
-    walkthrough = solve(folder, out)
+    walkthrough = solve(folder, out, max_turns)
     if not walkthrough:
         for path in folder.iterdir():
             path.unlink()
@@ -171,10 +173,10 @@ def write_game(out: Path, split: str, index: int, rooms: list[Room], rng: random
     return walkthrough
 
 
-def solve(folder: Path, out: Path) -> list[str]:
+def solve(folder: Path, out: Path, max_turns: int) -> list[str]:
     """The exploring expert's commands, if they win the game in the engine; else nothing."""
     task = task_of((folder / GAME_FILE).relative_to(out).as_posix())
-    demonstration = ALFWorld.expert(task, seed=0, root=str(out), max_turns=MAX_WALKTHROUGH)
+    demonstration = ALFWorld.expert(task, seed=0, root=str(out), max_turns=max_turns)
     return [turn.action for turn in demonstration.turns] if demonstration.success else []
 
 

@@ -52,7 +52,7 @@ class World:
     settings: Settings = field(default_factory=dict)
     """Of every run in this world."""
     games: dict[str, int] = field(default_factory=dict)
-    """alfworld: games to generate by split, in the spelling of the tool's flags."""
+    """alfworld: games to generate by split, and their longest walkthrough, in the spelling of the tool's flags."""
     corpus: dict[str, float] = field(default_factory=dict)
     """Expert episodes to record once: `tasks`, `mistake_rate`. The tokenizer is trained on them; teacher and warm start
     imitate them where playing is slow (`is_corpus_imitated = 1`), else they ask the expert for new ones."""
