@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -114,20 +115,34 @@ def test_limits_on_what_may_go_wrong_stop_the_run_with_the_first_case():
     check_outcomes([], max_diverged=0.1, max_env_faults=0.1)
 
 
-def kill_at_random(stop: threading.Event, rng: random.Random, pids: set[int], every_s: float) -> None:
-    """kill -9 on one environment process at a time, wherever it is."""
+def is_alive(process: psutil.Process) -> bool:
+    """Not only a number: psutil compares when it started."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill_at_random(
+    stop: threading.Event, rng: random.Random, killed: set[int], seen: set[psutil.Process], every_s: float
+) -> None:
+    """kill -9 on one environment process at a time, wherever it is; all that ever ran below this process goes to `seen`,
+    because what a killed one had started is nobody's descendant any more."""
     while not stop.wait(every_s * (0.5 + rng.random())):
-        living = [process for process in psutil.Process().children() if process.status() != psutil.STATUS_ZOMBIE]
+        seen.update(psutil.Process().children(recursive=True))
+        living = [process for process in psutil.Process().children() if is_alive(process)]
         if living:
             victim = rng.choice(living)
-            pids.add(victim.pid)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                seen.update(victim.children(recursive=True))
+            killed.add(victim.pid)
             os.kill(victim.pid, signal.SIGKILL)
 
 
 def play_under_fire(family, tasks, tokenizer, *, every_s: float, max_open: int = 16, **changes):
-    """The episodes, how many processes were killed, and the descendants that are left."""
-    stop, killed = threading.Event(), set()
-    killer = threading.Thread(target=kill_at_random, args=(stop, random.Random(5), killed, every_s))
+    """The episodes, how many processes were killed, and those that outlive the collection."""
+    stop, killed, seen = threading.Event(), set(), set()
+    killer = threading.Thread(target=kill_at_random, args=(stop, random.Random(5), killed, seen, every_s))
     killer.start()
     try:
         episodes = collect(family, tasks, tokenizer, max_open=max_open, **changes)
@@ -135,8 +150,9 @@ def play_under_fire(family, tasks, tokenizer, *, every_s: float, max_open: int =
         stop.set()
         killer.join()
     WORKERS.close()
-    left = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
-    return episodes, len(killed), left
+    assert len(seen) >= len(killed) > 0
+    _, left = psutil.wait_procs(seen, timeout=5)  # a killed group may take a moment
+    return episodes, len(killed), [process for process in left if is_alive(process)]
 
 
 def test_a_batch_completes_while_its_processes_are_killed(tokenizer):
