@@ -95,6 +95,7 @@ def test_a_killed_run_ends_with_the_weights_and_records_of_an_undisturbed_one(se
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("more", [[], ["--async-save"]], ids=["sync", "async"])
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_20_kills_of_a_200_step_run_leave_no_trace(server, run_flags, tmp_path, num_ranks, more):
