@@ -131,22 +131,26 @@ def serving_of(question: Question, layout: Layout, servers: int | None) -> Servi
 
 
 def layouts(question: Question, gpus: int) -> Iterator[Layout]:
-    """Every way to lay both models out on `gpus` ranks; tensor parallelism stays inside a node."""
-    for tp in (size for size in (1, 2, 4, 8) if size <= question.device.per_node):
-        for pp in range(1, min(question.student.num_layers, 32) + 1):
-            dp, rest = divmod(gpus, tp * pp)
-            if rest or dp > question.workload.episodes:
-                continue
-            for ep in expert_sizes(question.student, dp):
-                layout = Layout(tp=tp, pp=pp, dp=dp, ep=ep, sequence_parallel=question.sequence_parallel and tp > 1)
+    """Ways to lay both models out on `gpus` ranks. Tensor and context parallelism stay inside a node; the teacher is cut as
+    the student or over more tensor-parallel ranks. Interleaved pipelines are left to the user."""
+    sizes = [size for size in (1, 2, 4, 8) if size <= question.device.per_node]
+    cuts = ((tp, cp, pp) for tp in sizes for cp in sizes for pp in range(1, min(question.student.num_layers, 32) + 1))
+    for tp, cp, pp in cuts:
+        dp, rest = divmod(gpus, tp * cp * pp)
+        if rest or dp > question.workload.episodes or tp * cp > question.device.per_node:
+            continue
+        for ep in expert_sizes(question.student, cp * dp):
+            whole = Layout(tp=tp, pp=pp, cp=cp, dp=dp, ep=ep, sequence_parallel=question.sequence_parallel and tp > 1)
+            wider = [size for size in sizes if size > tp] if question.teacher else []
+            for layout in (whole, *(dataclasses.replace(whole, teacher_tp=size) for size in wider)):
                 if is_possible(question, layout):
                     yield layout
 
 
-def expert_sizes(student: ModelShape, dp: int) -> list[int]:
-    """1, and with experts the powers of two that divide the replicas."""
+def expert_sizes(student: ModelShape, ranks: int) -> list[int]:
+    """1, and with experts the powers of two that divide the ranks with the same weights."""
     most = student.experts.num_experts if student.experts else 1
-    return [ep for ep in (2**power for power in range(most.bit_length())) if dp % ep == 0]
+    return [ep for ep in (2**power for power in range(most.bit_length())) if ranks % ep == 0]
 
 
 def is_possible(question: Question, layout: Layout) -> bool:
@@ -173,7 +177,11 @@ def choose(question: Question, gpus: int) -> Answer | None:
         return None
     bound = 1.01 * min(one.seconds for one in fitting)
     close = (one for one in fitting if one.seconds <= bound)
-    return min(close, key=lambda one: (one.layout.tp * one.layout.pp * one.layout.ep, one.seconds))
+    return min(close, key=lambda one: (cuts_of(one.layout), one.seconds))
+
+
+def cuts_of(layout: Layout) -> int:
+    return layout.tp * layout.pp * layout.cp * layout.ep * (layout.teacher_tp or layout.tp)
 
 
 def workload_of(config: Config, options: argparse.Namespace) -> tuple[Workload, str]:
@@ -347,7 +355,8 @@ def models(question: Question) -> str:
 def table(question: Question, counts: Sequence[int]) -> list[str]:
     """One row for each number of GPUs, with the layout it would choose."""
     phases = ("rollout", "teacher", "train", "weights")
-    columns = ["GPUs", "tp", "pp", "dp", "GiB of a rank", *(f"{name} s" for name in phases), "step s", "tokens/s", "rollout"]
+    columns = ["GPUs", "tp", "pp", "cp", "dp", "teacher tp", "GiB of a rank", *(f"{name} s" for name in phases)]
+    columns += ["step s", "tokens/s", "rollout"]
     head = f"| {' | '.join(columns)} |"
     lines = [head, "|" + "---:|" * (head.count("|") - 1)]
     for gpus in counts:
@@ -355,7 +364,8 @@ def table(question: Question, counts: Sequence[int]) -> list[str]:
             lines.append(f"| {gpus:,} | none fits |" + " |" * 10)
             continue
         seconds = [one.phases[name].seconds if name in one.phases else 0.0 for name in phases]
-        cells = [f"{gpus:,}", one.layout.tp, one.layout.pp, f"{one.layout.dp:,}", gib(one.memory.peak)]
+        layout = one.layout
+        cells = [f"{gpus:,}", layout.tp, layout.pp, layout.cp, f"{layout.dp:,}", layout.of_teacher.tp, gib(one.memory.peak)]
         cells += [f"{each:.3g}" for each in (*seconds, one.seconds)]
         cells += [f"{question.workload.tokens / one.seconds:,.0f}", f"{seconds[0] / sum(seconds):.0%}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -16,6 +16,7 @@ from megatron_tcod.cost_model import DEVICES, Layout, Numerics, Serving, Workloa
 from megatron_tcod.model import build, parallel
 from megatron_tcod.model.parallel import ParallelLayout
 from megatron_tcod.model.student import OptimizerSettings, Student
+from megatron_tcod.model.teacher import Teacher
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,6 +88,21 @@ def test_bytes_held_in_either_precision(student, dtype, width):
         use = use_of(shape, Layout(), Numerics(weight_bytes=width))
         held = held_bytes(student(shape, dtype=dtype))
         assert held == {"weights": use.weights, "gradients": use.gradients, "optimizer": use.optimizer}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_teacher_holds_its_weights_and_the_hidden_states_of_a_step(student, name):
+    shape, row = SHAPES[name], one_row()
+    student(tiny_shape())  # the world of one
+    teacher = Teacher(shape, ParallelLayout(), seed=0)
+    teacher.align_vocabulary(shape)
+    (target,) = teacher.score([row])
+    weights = sum(one.numel() * one.element_size() for chunk in teacher.chunks for one in chunk.parameters())
+    held = weights + target.hidden.numel() * target.hidden.element_size()
+    trained = len(row.positions)
+    workload = Workload(episodes=1, turns=1, prompt_tokens=TOKENS - trained, observation_tokens=0, response_tokens=trained)
+    use = cost_model.rank_memory(tiny_shape(), shape, Layout(), Numerics(), workload, Serving(servers=1), kind="cpu")
+    assert use.teacher == held
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -175,6 +191,16 @@ def test_a_teacher_of_its_own_layout_is_planned_in_it():
     cut = 2 * (whole - eighth)
     assert same.memory.teacher - own.memory.teacher == cut - head, "an eighth of the weights, and the head as the student's"
     assert own.phases["teacher"].sent > same.phases["teacher"].sent
+
+
+def test_context_parallelism_and_wider_teachers_are_among_the_layouts_that_are_tried():
+    question = scaling_question()
+    tried = list(plan.layouts(question, 8))
+    assert {layout.cp for layout in tried} == {1, 2, 4, 8} and {layout.teacher_tp for layout in tried} == {None, 2, 4, 8}
+    assert all(layout.world == 8 and layout.tp * layout.cp <= 8 for layout in tried)
+    best = plan.choose(question, 8)
+    narrow = [plan.answer(question, layout) for layout in tried if layout.teacher_tp is None]
+    assert best.seconds < min(one.seconds for one in narrow if one.fits), "here a wider teacher leaves the servers more room"
 
 
 def test_nothing_fits_where_nothing_can():
