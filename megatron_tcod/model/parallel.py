@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 import re
 import secrets
@@ -119,11 +120,16 @@ def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_minutes: flo
 
 
 def _close_groups() -> None:
-    """Megatron only forgets its groups; gloo keeps threads and sockets for each, NCCL memory."""
+    """Megatron only forgets its groups; gloo keeps threads and sockets for each, NCCL memory.
+
+    They live until the last reference goes, and models refer to groups in cycles. A group that is gone on one rank makes
+    the threads of gloo on the others spin.
+    """
     for group in parallel_state._global_process_group_list or []:
         if isinstance(group, dist.ProcessGroup):
             dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
+    gc.collect()
 
 
 def _build_groups(layout: ParallelLayout, timeout_minutes: float) -> None:
