@@ -403,6 +403,11 @@ def check_servers(config: Config) -> None:
             f"max_staleness = {rollout.max_staleness} plays while the trainer trains, which the embedded engine cannot; "
             f"set rollout_engine = sglang, or max_staleness = 0"
         )
+    if rollout.max_staleness and objective.objective == "sft":
+        raise ConfigError(
+            f"max_staleness = {rollout.max_staleness} is about episodes that are trained on, and objective = sft trains on "
+            f"recorded ones; set max_staleness = 0"
+        )
     if config.model.teacher != SGLANG or objective.objective == "sft":
         return
     if bool(sglang.teacher_url) == bool(sglang.teacher_model):
@@ -627,6 +632,9 @@ def run_entry_point(main: Callable[[list[str]], int | None]) -> None:
     """
     try:
         raise SystemExit(main(sys.argv[1:]) or 0)
+    except KeyboardInterrupt:
+        print("error: interrupted before there was anything to save", file=sys.stderr)
+        raise SystemExit(130) from None
     except (ValueError, OSError, FloatingPointError) as error:
         rank = os.environ.get("RANK", "0")
         torch = sys.modules.get("torch")

@@ -60,6 +60,7 @@ def teacher_as_player(config: Config) -> Config:
         config,
         model=dataclasses.replace(config.model, student=config.model.teacher, init="load"),
         objective=dataclasses.replace(config.objective, objective="sft"),
+        rollout=dataclasses.replace(config.rollout, max_staleness=0),
         curriculum=dataclasses.replace(config.curriculum, curriculum="full", demonstrations="expert"),
     )
 

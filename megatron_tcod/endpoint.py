@@ -84,10 +84,8 @@ def seat_endpoint(config: Config) -> EndpointPlayer:
 
 def check_endpoint(endpoint: EndpointConfig) -> str:
     """The API key, empty where none is to be sent. ValueError names what is missing."""
-    serving.check_urls("endpoint_url", [endpoint.endpoint_url])
+    serving.check_urls("endpoint_url", [endpoint.endpoint_url], key_setting="endpoint_key_env")
     address = urlsplit(endpoint.endpoint_url)
-    if address.username or address.password or address.query:
-        raise ValueError("endpoint_url holds a user name, a password or a query; give the key by endpoint_key_env")
     if importlib.util.find_spec("aiohttp") is None:
         raise ValueError("endpoints are spoken to with aiohttp, which is not installed; pip install '.[sglang]'")
     if not endpoint.endpoint_key_env:

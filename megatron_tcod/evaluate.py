@@ -120,8 +120,9 @@ def kl_obstacle(config: Config) -> str:
 def judge_of(config: Config) -> Config:
     """The teacher in the student's seat of a run that launches no servers: its own log-probabilities are its scores."""
     seated = teacher_as_player(config)
-    idle = dataclasses.replace(seated.rollout, rollout_engine="embedded", max_staleness=0)
-    return dataclasses.replace(seated, rollout=idle)
+    idle = dataclasses.replace(seated.rollout, rollout_engine="embedded", max_staleness=0, server={})
+    unserved = dataclasses.replace(seated.sglang, sglang_urls=[], sglang_key_file="")
+    return dataclasses.replace(seated, rollout=idle, sglang=unserved)
 
 
 def sampled_scores(config: Config, episodes: list[Episode]) -> dict[int, dict[int, TurnScores]]:

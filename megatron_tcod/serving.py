@@ -16,7 +16,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import socket
 import stat
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -92,13 +94,14 @@ def rollout_servers(config: Config) -> list[Server]:
         return list(threads.map(start, range(sglang.servers_per_replica)))
 
 
-def gpus_of(flags: Mapping[str, Any]) -> int:
-    """GPUs that a server with these flags takes. ValueError for a size that is none."""
+def gpus_of(flags: Mapping[str, Any], table: str = "rollout.server") -> int:
+    """GPUs that a server with these flags takes. ValueError for a size that is none; `table` is where it stands."""
     num_gpus, is_shared = 1, bool(flags.get("enable_dp_attention"))  # its dp lies within its tp
     for short, long in (("tp", "tensor"), ("pp", "pipeline"), *(() if is_shared else (("dp", "data"),))):
-        size = flags.get(f"{short}_size", flags.get(f"{long}_parallel_size", 1))
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"[rollout.server] {short}_size = {size!r} is no number of GPUs; give an integer from 1 up")
+        spellings = (f"{short}_size", f"{long}_parallel_size", short)  # SGLang takes the last as a beginning of the first
+        size = next((flags[name] for name in spellings if name in flags), 1)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"[{table}] {short}_size = {size!r} is no number of GPUs; give an integer from 1 up")
         num_gpus *= size
     return num_gpus
 
@@ -243,25 +246,23 @@ def read_keys(path: str) -> tuple[str, str]:
     if not path:
         return "", ""
     try:
-        mode, lines = os.stat(path).st_mode, Path(path).read_text(encoding="utf-8").split()
+        mode, text = os.stat(path).st_mode, Path(path).read_text(encoding="utf-8")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"key file {path}: {error}; give a text file with the key in its first line") from None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ValueError(f"key file {path} can be read by others; chmod 600 {path}")
-    if not 1 <= len(lines) <= 2:
-        raise ValueError(f"key file {path} has {len(lines)} words; expected the API key and, below it, the admin key if any")
+    if not 1 <= len(lines) <= 2 or not all(line.isascii() and line.isprintable() and " " not in line for line in lines):
+        raise ValueError(
+            f"key file {path} has {len(lines)} lines; expected the API key and, below it, the admin key if any, of printable "
+            f"ASCII without spaces"
+        )
     return lines[0], lines[-1]
 
 
 def check_servers(config: Config, *, dp_size: int | None) -> list[str]:
     """What can be known of a run's servers before anything starts, a line each. Raises ValueError."""
-    if config.model.teacher != SGLANG and config.objective.objective != "sft":
-        given = next((name for name in ("teacher_url", "teacher_model") if getattr(config.sglang, name)), "")
-        if given:
-            raise ValueError(
-                f"{given} = {getattr(config.sglang, given)} is read with teacher = sglang only, and teacher = "
-                f"{config.model.teacher}; give --teacher sglang, or remove {given}"
-            )
+    check_unused(config)
     if not uses_servers(config):
         return []
     if importlib.util.find_spec("aiohttp") is None:
@@ -273,7 +274,7 @@ def check_servers(config: Config, *, dp_size: int | None) -> list[str]:
     if config.rollout.rollout_engine == SGLANG:
         is_launching = not sglang.sglang_urls
         check_flags("rollout.server", config.rollout.server)
-        gpus_of(underscored(config.rollout.server))
+        gpus_of(underscored(config.rollout.server), "rollout.server")
         check_urls("sglang_urls", sglang.sglang_urls)
         check_unread(
             "sglang_urls",
@@ -296,9 +297,10 @@ def check_servers(config: Config, *, dp_size: int | None) -> list[str]:
     if is_teacher_served(config):
         is_launching = is_launching or not sglang.teacher_url
         check_flags("sglang.teacher_server", sglang.teacher_server)
+        gpus_of(underscored(sglang.teacher_server), "sglang.teacher_server")
         check_urls("teacher_url", [sglang.teacher_url] if sglang.teacher_url else [])
         is_attaching = config.rollout.rollout_engine == SGLANG and bool(sglang.sglang_urls)
-        if is_attaching and sglang.teacher_url.rstrip("/") in {url.rstrip("/") for url in sglang.sglang_urls}:
+        if is_attaching and sglang.teacher_url and canonical(sglang.teacher_url) in map(canonical, sglang.sglang_urls):
             raise ValueError(
                 f"teacher_url = {sglang.teacher_url} is one of sglang_urls too, whose servers take the student's weights; "
                 f"start a server of its own for the teacher"
@@ -324,17 +326,54 @@ def check_servers(config: Config, *, dp_size: int | None) -> list[str]:
     return lines
 
 
-def check_urls(field: str, urls: list[str]) -> None:
+def check_unused(config: Config) -> None:
+    """ValueError for what names servers that this run does not use: it would play and score otherwise than was asked."""
+    sglang = config.sglang
+    of_rollouts = {
+        f"sglang_urls = {sglang.sglang_urls}": sglang.sglang_urls,
+        f"sglang_key_file = {sglang.sglang_key_file}": sglang.sglang_key_file,
+        "[rollout.server]": config.rollout.server,
+    }
+    of_teacher = {
+        f"teacher_url = {sglang.teacher_url}": sglang.teacher_url,
+        f"teacher_model = {sglang.teacher_model}": sglang.teacher_model,
+        f"teacher_key_file = {sglang.teacher_key_file}": sglang.teacher_key_file,
+        "[sglang.teacher_server]": sglang.teacher_server,
+    }
+    engine, teacher = config.rollout.rollout_engine, config.model.teacher
+    for flag, value, settings in (("rollout-engine", engine, of_rollouts), ("teacher", teacher, of_teacher)):
+        given = next((name for name, setting in settings.items() if setting), "")
+        if given and value != SGLANG and not (flag == "teacher" and config.objective.objective == "sft"):
+            raise ValueError(
+                f"{given} is read with --{flag} sglang only, and {flag.replace('-', '_')} = {value}; give --{flag} sglang, "
+                f"or remove it"
+            )
+
+
+def canonical(url: str) -> tuple[str, str, int | None, str]:
+    """Equal for spellings of one address."""
+    parts = urlsplit(url)
+    host = "127.0.0.1" if parts.hostname in LOCAL_HOSTS else parts.hostname or ""
+    return parts.scheme, host, parts.port or {"http": 80, "https": 443}.get(parts.scheme), parts.path.rstrip("/")
+
+
+def check_urls(field: str, urls: list[str], *, key_setting: str = "a key file") -> None:
     for url in urls:
         try:
             parts = urlsplit(url)
             is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # a port that is none
+            (parts.hostname or "").encode("idna")
+        except ValueError:  # a port that is none, a name that no host can have
             is_address = False
-        if not is_address:
+        if "@" in url or "?" in url or "#" in url:  # and is not repeated here
+            raise ValueError(
+                f"{field} holds a user name, a password, a query or a fragment; give the address alone, and the key by "
+                f"{key_setting}"
+            )
+        if not is_address or " " in url:
             raise ValueError(f"{field}: {url!r} is no server address; expected http://HOST:PORT")
-    bare = [url.rstrip("/") for url in urls]
-    twice = next((url for url in bare if bare.count(url) > 1), "")
+    bare = [canonical(url) for url in urls]
+    twice = next((url for index, url in enumerate(urls) if bare.index(bare[index]) < index), "")
     if twice:
         raise ValueError(f"{field} names {twice} twice; give each server once, because each is updated once a step")
 
@@ -350,6 +389,12 @@ def check_unread(field: str, is_attaching: bool, *, launched: Mapping[str, bool]
 
 def check_sync_address(sglang: SGLangConfig) -> None:
     remote = [url for url in sglang.sglang_urls if urlsplit(url).hostname not in LOCAL_HOSTS]
+    own = {*LOCAL_HOSTS, socket.gethostname(), sglang.weight_sync_address}
+    if sglang.weight_sync == "tensor" and (elsewhere := [url for url in remote if urlsplit(url).hostname not in own]):
+        raise ValueError(
+            f"weight_sync = tensor hands over memory of this host, and {elsewhere[0]} may be another; set weight_sync to "
+            f"disk or distributed, or give the server's address as 127.0.0.1"
+        )
     if sglang.weight_sync == "distributed" and remote and sglang.weight_sync_address in LOCAL_HOSTS:
         raise ValueError(
             f"weight_sync_address = {sglang.weight_sync_address} is each machine's own, so {remote[0]} cannot reach this one "
@@ -396,7 +441,9 @@ def check_attached(config: Config) -> None:
     for field, url, key_field, key_file in asked:
         status = status_of(url, "/model_info", read_keys(key_file)[0])
         if status == 0:
-            raise ValueError(f"{field}: nobody answers at {url}; start the server first, or give its right address")
+            raise ValueError(
+                f"{field}: no HTTP server answers at {url} within 10 s; start the server first, or give its right address"
+            )
         if status in (401, 403):
             given = f"the key in {key_field} = {key_file}" if key_file else f"a request without a key ({key_field} is empty)"
             raise ValueError(f"{field}: {url} refuses {given}; give a file with the server's --api-key in its first line")
@@ -406,12 +453,30 @@ def check_attached(config: Config) -> None:
 
 def check_program(python: str, program: str) -> None:
     if python and not (Path(python).is_file() and os.access(python, os.X_OK)):
-        raise ValueError(f"sglang_python = {python}: no such interpreter; on a CPU make one with tools/sglang_cpu_env.sh")
+        raise ValueError(
+            f"sglang_python = {python}: no program that can be run; give the interpreter of SGLang's environment (on a CPU "
+            f"tools/sglang_cpu_env.sh makes one)"
+        )
     if program.endswith(".py") or not all(part.isidentifier() for part in program.split(".")):
         if not (program.endswith(".py") and Path(program).is_file()):
             raise ValueError(f"sglang_program = {program}: no such file; give a module name or a launcher script")
-    elif not python and importlib.util.find_spec(program.partition(".")[0]) is None:
+    if python and not has_sglang(python):
+        raise ValueError(
+            f"sglang_python = {python} has no package sglang; give the interpreter of the environment that has it (on a CPU "
+            f"tools/sglang_cpu_env.sh makes one)"
+        )
+    if not python and not program.endswith(".py") and importlib.util.find_spec(program.partition(".")[0]) is None:
         raise ValueError(
             f"sglang_program = {program}: not installed beside the trainer; set sglang_python to the interpreter of the "
             f"environment that has it, or attach to servers with sglang_urls"
         )
+
+
+def has_sglang(python: str) -> bool:
+    """Whether an interpreter finds the package, which it does not import."""
+    script = "import importlib.util; print(importlib.util.find_spec('sglang') is not None)"
+    try:
+        told = subprocess.run([python, "-c", script], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return told.stdout.strip() == "True"

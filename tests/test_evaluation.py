@@ -196,7 +196,7 @@ def test_evaluating_an_endpoint_gives_every_figure_but_those_of_tokens(
     ("flags", "message"),
     [
         (["--endpoint-url", "host:1"], "no server address"),
-        (["--endpoint-url", "http://u:p@127.0.0.1:1"], "give the key by endpoint_key_env"),
+        (["--endpoint-url", "http://u:p@127.0.0.1:1"], "and the key by endpoint_key_env"),
         (["--endpoint-url", "http://127.0.0.1:1", "--endpoint-key-env", "NOT_THERE"], "no such environment variable"),
         (["--endpoint-url", "http://127.0.0.1:1", "--endpoint-timeout", "0.2"], "cannot connect"),
         (["--endpoint-url", "http://127.0.0.1:1", "--env", "housebold"], "did you mean household"),

@@ -30,7 +30,7 @@ TEACHER = ["--teacher", "sglang", "--teacher-url", "http://127.0.0.1:3"]
     ("argv", "file", "message"),
     [
         (["--rollout-engine", "sglang"], "", "sglang.launch_server: not installed beside the trainer; set sglang_python"),
-        (["--rollout-engine", "sglang", "--sglang-python", "/absent"], "", "sglang_python = /absent: no such interpreter"),
+        (["--rollout-engine", "sglang", "--sglang-python", "/absent"], "", "sglang_python = /absent: no program that can be"),
         (["--rollout-engine", "sglang", "--sglang-program", "absent.py"], "", "sglang_program = absent.py: no such file"),
         (["--rollout-engine", "sglang", "--sglang-urls", "a:1"], "", "sglang_urls: 'a:1' is no server address"),
         ([*ATTACHED[:-1]], "", "sglang_urls names 1 servers for 2 data-parallel replicas"),
@@ -40,17 +40,28 @@ TEACHER = ["--teacher", "sglang", "--teacher-url", "http://127.0.0.1:3"]
         (["--teacher", "sglang", "--teacher-url", "file:///x"], "", "teacher_url: 'file:///x' is no server address"),
         (["--teacher", "sglang", "--teacher-model", "absent"], "", "teacher_model = absent: no config.json there"),
         ([*ATTACHED, "--sglang-key-file", "absent.txt"], "", "key file absent.txt: .*No such file"),
-        (["--rollout-engine", "sglang", "--sglang-python", "/"], "", "sglang_python = /: no such interpreter"),
+        (["--rollout-engine", "sglang", "--sglang-python", "/"], "", "sglang_python = /: no program that can be run"),
         ([*LAUNCHED, "--sglang-program", "tools/x"], "", "sglang_program = tools/x: no such file; give a module name or"),
         ([*ATTACHED[:-2], "http://"], "", "sglang_urls: 'http://' is no server address"),
         ([*ATTACHED[:-2], "http://a:99999"], "", "sglang_urls: 'http://a:99999' is no server address"),
-        ([*ATTACHED[:-1], "http://127.0.0.1:1/"], "", "sglang_urls names http://127.0.0.1:1 twice"),
+        ([*ATTACHED[:-1], "http://127.0.0.1:1/"], "", "sglang_urls names http://127.0.0.1:1/ twice"),
+        ([*ATTACHED[:-1], "HTTP://localhost:1"], "", "sglang_urls names HTTP://localhost:1 twice"),
+        ([*ATTACHED, "--teacher", "sglang", "--teacher-url", "http://localhost:2"], "", "is one of sglang_urls too"),
+        ([*ATTACHED[:-1], "http://me:secret@127.0.0.1:2"], "", "sglang_urls holds a user name, .* the key by a key file"),
+        ([*ATTACHED[:-1], "http://a..b:2"], "", "sglang_urls: 'http://a..b:2' is no server address"),
+        (LAUNCHED, "", "sglang_python = /bin/sh has no package sglang"),
+        (LAUNCHED, "[rollout.server]\nhos = '0.0.0.0'\n", r"\[rollout.server\] must not set hos"),
+        (LAUNCHED, "[rollout.server]\ntp = true\n", r"\[rollout.server\] tp_size = True is no number of GPUs"),
+        ([], "[rollout.server]\ntp_size = 2\n", r"\[rollout.server\] is read with --rollout-engine sglang only"),
+        (ATTACHED[2:], "", r"sglang_urls = \['http://127.0.0.1:1', .* is read with --rollout-engine sglang only"),
+        (["--teacher-key-file", "k", "--teacher", "x"], "", "teacher_key_file = k is read with --teacher sglang only"),
+        ([*REMOTE, "--weight-sync", "tensor"], "", "weight_sync = tensor hands over memory of this host, and http://10.0.0.5"),
         ([*ATTACHED, "--teacher", "sglang", "--teacher-url", "http://127.0.0.1:2/"], "", "is one of sglang_urls too"),
         (ATTACHED, "[rollout.server]\ntp_size = 2\n", r"\[rollout.server\] is for servers that are launched here"),
         ([*ATTACHED, "--servers-per-replica", "2"], "", "servers_per_replica = 2 is for servers that are launched here"),
         ([*LAUNCHED, "--sglang-key-file", "x"], "", "sglang_key_file is for attached servers, but sglang_urls is empty"),
         (TEACHER, "[sglang.teacher_server]\ntp_size = 2\n", r"\[sglang.teacher_server\] is for servers"),
-        (["--teacher-url", "http://a:1", "--teacher", "x"], "", "teacher_url = http://a:1 is read with teacher = sglang"),
+        (["--teacher-url", "http://a:1", "--teacher", "x"], "", "teacher_url = http://a:1 is read with --teacher"),
         ([*REMOTE, "--weight-sync", "distributed"], "", "weight_sync_address = 127.0.0.1 is each machine's own"),
     ],
 )
@@ -124,7 +135,7 @@ def test_an_attached_server_that_does_not_answer_is_named_before_anything_starts
         key_file.write_text("wrong")
         with pytest.raises(ValueError, match="teacher_url: .* refuses the key in teacher_key_file = "):
             check_attached(load_config(["--teacher", "sglang", "--teacher-url", url, "--teacher-key-file", str(key_file)]))
-    with pytest.raises(ValueError, match=f"teacher_url: nobody answers at {url}; start the server first"):
+    with pytest.raises(ValueError, match=f"teacher_url: no HTTP server answers at {url} within 10 s; start the server first"):
         check_attached(load_config(["--teacher", "sglang", "--teacher-url", url]))
 
 
@@ -165,7 +176,8 @@ def test_keys_come_from_a_private_file(tmp_path):
     assert read_keys(str(path)) == ("first", "second")
     path.write_text("only\n")
     assert read_keys(str(path)) == ("only", "only")
-    path.write_text("a b c")
-    with pytest.raises(ValueError, match="has 3 words"):
-        read_keys(str(path))
+    for text in ("a\nb\nc", "one key", "ключ"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="expected the API key and, below it, the admin key if any, of printable ASCII"):
+            read_keys(str(path))
     assert read_keys("") == ("", "")

@@ -199,8 +199,11 @@ def launch(
 
 
 def check_flags(table: str, flags: Mapping[str, Any]) -> None:
-    """ValueError for a flag that is not the user's; `table` is where it stands."""
-    taken = sorted(flag for flag in flags if flag.replace("-", "_") in OWN_FLAGS)
+    """ValueError for a flag that is not the user's; `table` is where it stands.
+
+    SGLang takes any beginning of a flag that is the only one of its kind, so a beginning of ours counts as ours.
+    """
+    taken = sorted(flag for flag in flags if any(own.startswith(flag.replace("-", "_")) for own in OWN_FLAGS))
     if taken:
         raise ValueError(f"[{table}] must not set {', '.join(taken)}: the trainer chooses them; remove these lines")
 

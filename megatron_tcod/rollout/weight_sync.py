@@ -37,6 +37,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 import torch.multiprocessing  # noqa: F401  teaches ForkingPickler to pass CUDA tensors by handle
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatron_tcod.rollout.sglang_client import ServerFeatures, SGLangClient
@@ -128,8 +129,10 @@ class FromDisk:
             (staging / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
             shutil.rmtree(target, ignore_errors=True)
             os.rename(staging, target)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(staging, ignore_errors=True)
+            if isinstance(error, SafetensorError):  # no OSError, although a full disk is what it tells of
+                raise OSError(f"the weights for the servers cannot be written below {self._directory}: {error}") from error
             raise
         return target
 

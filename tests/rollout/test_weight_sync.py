@@ -4,9 +4,11 @@ import base64
 import hashlib
 import io
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 pytest.importorskip("aiohttp")
 
@@ -14,7 +16,9 @@ from tiny_hf import tiny_model  # noqa: E402
 
 from megatron_tcod.rollout.sglang_client import ServerFeatures  # noqa: E402
 from megatron_tcod.rollout.weight_proof import Expected, UnprovenWeights, gpu_checksum  # noqa: E402
-from megatron_tcod.rollout.weight_sync import bucket_payload, buckets  # noqa: E402
+
+from megatron_tcod.rollout import weight_sync  # noqa: E402  isort: skip
+from megatron_tcod.rollout.weight_sync import FromDisk, bucket_payload, buckets  # noqa: E402
 
 FEATURES = ServerFeatures(device="cpu", dtype="float32", has_checksums=True)
 
@@ -99,3 +103,16 @@ def test_a_server_that_shares_no_tensor_has_proven_nothing():
     expected.add("model.norm.weight", torch.ones(3))
     with pytest.raises(UnprovenWeights):
         expected.compare({"decoder.norm.weight": "00"})
+
+
+def test_a_full_disk_is_one_error_that_says_where_and_leaves_nothing(tmp_path, monkeypatch):
+    """safetensors tells of it in an error of its own, which is none of the system's."""
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(weight_sync, "save_file", full)
+    sync = FromDisk(tmp_path / "weights", tmp_path)
+    with pytest.raises(OSError, match="weights for the servers cannot be written below .*weights: .*No space left"):
+        sync.push([SimpleNamespace(features=FEATURES)], iter([("a", torch.ones(1 << 16))]), 3)
+    assert not list((tmp_path / "weights").iterdir())
