@@ -26,7 +26,7 @@ import torch
 from megatron_tcod.config import Config, load_config
 from megatron_tcod.cost_model import num_parameters
 from megatron_tcod.model.shape import ModelShape
-from megatron_tcod.preflight import check_run_directory, check_training, preflight, read_model
+from megatron_tcod.preflight import check_run_directory, check_training, check_writable, preflight, read_model
 
 CHECKPOINT_BYTES = 16
 """Of one parameter in a checkpoint: fp32 weight, two fp32 moments, and the weight once more under Hugging Face names."""
@@ -62,7 +62,8 @@ class NodeReport:
         try:
             found = check(*args)
         except (ValueError, OSError) as error:
-            self.faults.append(str(error))
+            if str(error) not in self.faults:
+                self.faults.append(str(error))
         else:
             self.lines += [found] if isinstance(found, str) else found
 
@@ -138,7 +139,8 @@ def check_master(node: Node) -> str:
     """Node 0 can listen at MASTER_ADDR:MASTER_PORT; the others know the name."""
     address = resolve(node)
     if node.node_rank:
-        return f"rendezvous: {node.master_addr}:{node.master_port} is {address}"
+        note = ", which is this machine itself" if address.startswith("127.") else ""
+        return f"rendezvous: {node.master_addr}:{node.master_port} is {address}{note}"
     if node.num_nodes > 1 and not is_own(address):
         raise ValueError(
             f"MASTER_ADDR = {node.master_addr} is {address}, no address of this machine, which is NODE_RANK 0; give the "
@@ -187,10 +189,8 @@ def is_own(address: str) -> bool:
 
 def check_room(config: Config, node: Node) -> list[str]:
     """The run directory and the logs can be written; checkpoints fit, the one being written included."""
-    save = existing_parent(config.training.save)
-    for setting, directory in (("save", save), ("LOG_DIR", existing_parent(node.log_dir))):
-        if not os.access(directory, os.W_OK | os.X_OK):
-            raise ValueError(f"{setting}: {directory} cannot be written; choose another or change its owner")
+    save = check_writable("save", config.training.save)
+    check_writable("LOG_DIR", node.log_dir)
     _, shape = read_model("student", config.model.student)
     free, wanted = shutil.disk_usage(save).free, (config.training.keep_checkpoints + 1) * checkpoint_bytes(shape)
     if free < wanted:
@@ -209,16 +209,6 @@ def check_settings(config: Config, node: Node) -> list[str]:
     check_training(config)
     check_run_directory(config)
     return preflight(config, world_size=node.num_nodes * node.ranks_per_node)
-
-
-def existing_parent(path: str) -> Path:
-    """The directory itself, or the nearest one above that is there."""
-    directory = Path(path).absolute()
-    while not directory.is_dir():
-        if directory.exists():
-            raise ValueError(f"{directory} is a file where a directory is wanted; choose another path")
-        directory = directory.parent
-    return directory
 
 
 def mebibytes(size: int) -> str:
@@ -241,6 +231,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     own = list(argv[: argv.index("--")]) if "--" in argv else list(argv)
     options = parser.parse_args(own)
+    if not 1 <= options.master_port <= 65535:
+        raise ValueError(f"MASTER_PORT = {options.master_port}: expected a port from 1 to 65535, the same on all nodes")
     config = load_config(argv[len(own) + 1 :], prog="megatron_tcod.train")
     report = check_node(config, Node(**vars(options)))
     print("\n".join([*report.lines, *(f"error: {fault}" for fault in report.faults)]))

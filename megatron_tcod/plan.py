@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_tcod.assembly import layout_of, recompute_of, teacher_layout_of
 from megatron_tcod.config import SGLANG, Config, load_config
 from megatron_tcod.cost_model import (
     DEVICES,
@@ -36,14 +37,17 @@ from megatron_tcod.cost_model import (
     step_phases,
 )
 from megatron_tcod.journal import read_journal
-from megatron_tcod.model.build import check_layout
+from megatron_tcod.model.build import check_layout, check_recompute
+from megatron_tcod.model.experts import check_trainable
 from megatron_tcod.model.parallel import ParallelLayout, check_world_size
 from megatron_tcod.model.shape import ModelShape
-from megatron_tcod.preflight import read_model
+from megatron_tcod.preflight import check_teacher_experts, read_model
 from megatron_tcod.serving import is_teacher_served
 
 USABLE = 0.9
 """Of a device's memory; the rest is the framework's."""
+MOST = 1e9
+"""Of ranks, tokens, turns and GiB that anybody plans with."""
 MEASURED_STEPS = 20
 """Newest records of metrics.jsonl that the work of a step is taken from."""
 
@@ -226,7 +230,7 @@ def measured_work(config: Config) -> dict[str, float] | None:
     def per_episode(key: str) -> float:
         return statistics.median(one[key] / one["rollout/episodes"] for one in records)
 
-    turns = statistics.median(one["turns/total"] for one in records)
+    turns = max(1.0, statistics.median(one["turns/total"] for one in records))
     read = (per_episode("tokens/packed") - per_episode("tokens/trained")) / (turns + 1)
     return {
         "turns": turns,
@@ -268,6 +272,14 @@ def question_of(config: Config, options: argparse.Namespace) -> tuple[Question, 
 def configured(config: Config, question: Question, gpus: int) -> Answer | str:
     """The settings' own layout, or why it cannot be."""
     parallel = config.parallel
+    try:
+        check_recompute(question.student, layout_of(parallel), recompute_of(parallel))
+        check_trainable(question.student, layout_of(parallel))
+        teacher_layout_of(parallel)
+        if question.teacher is not None:
+            check_teacher_experts(config, question.teacher)
+    except ValueError as error:
+        return str(error)
     tp, pp, cp = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -372,6 +384,14 @@ def table(question: Question, counts: Sequence[int]) -> list[str]:
     return lines
 
 
+def positive(text: str) -> float:
+    """A number above 0 that computers can count to, for argparse."""
+    value = float(text)
+    if not 0 < value < MOST:
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0 and below {MOST:.0e}")
+    return value
+
+
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_tcod.doctor plan",
@@ -381,11 +401,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("config", help="TOML file of the run")
     parser.add_argument("--gpus", required=True, help="number of ranks; several with commas for --table")
     parser.add_argument("--device", choices=DEVICES, default="h200")
-    parser.add_argument("--memory-gib", type=float, help="of a device, instead of what it is sold with")
+    parser.add_argument("--memory-gib", type=positive, help="of a device, instead of what it is sold with")
     parser.add_argument("--table", action="store_true", help="Markdown, a row for each number of ranks")
     parser.add_argument("--json", action="store_true", help="the layout it would choose, for programs")
     for name in ("turns", "prompt_tokens", "observation_tokens", "response_tokens"):
-        parser.add_argument("--" + name.replace("_", "-"), type=float)
+        parser.add_argument("--" + name.replace("_", "-"), type=positive)
     own = list(argv[: argv.index("--")]) if "--" in argv else list(argv)
     return parser.parse_args(own), list(argv[len(own) + 1 :])
 
@@ -396,7 +416,7 @@ def main(argv: Sequence[str]) -> int:
         counts = [int(part) for part in options.gpus.split(",")]
     except ValueError:
         counts = [0]
-    if min(counts) < 1 or (len(counts) > 1 and not options.table):
+    if not 1 <= min(counts) <= max(counts) < MOST or (len(counts) > 1 and not options.table):
         raise ValueError(f"--gpus {options.gpus}: expected a number of ranks, or with --table several joined by commas")
     config = load_config(["--config", options.config, *flags], prog="megatron_tcod.train")
     question, source = question_of(config, options)

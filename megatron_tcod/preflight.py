@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from megatron_tcod.assembly import (
 )
 from megatron_tcod.config import SGLANG, Config
 from megatron_tcod.envs import check_env_options, load_env
+from megatron_tcod.journal import read_journal
 from megatron_tcod.model import accelerators
 from megatron_tcod.model.build import check_layout, check_recompute
 from megatron_tcod.model.experts import check_trainable
@@ -96,10 +98,11 @@ def preflight(config: Config, *, world_size: int | None) -> list[str]:
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     cp = f"cp {layout.context_parallel_size}, " if layout.context_parallel_size > 1 else ""
     lines.append(f"layout: tp {tp}, pp {pp}, {cp}dp {'as launched' if dp is None else dp}{experts_over(layout)}")
-    if teacher_layout is not None:
+    has_teacher = config.objective.objective != "sft"
+    if has_teacher and teacher_layout is not None:
         tp, pp = teacher_layout.tensor_model_parallel_size, teacher_layout.pipeline_model_parallel_size
         lines.append(f"teacher's layout: tp {tp}, pp {pp}{experts_over(teacher_layout)}")
-    if config.parallel.teacher_offload:
+    if has_teacher and config.parallel.teacher_offload:
         cost = "" if torch.cuda.is_available() else "; without CUDA they are there anyway and nothing is copied"
         lines.append(f"teacher's weights: in host memory but while it scores{cost}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -209,15 +212,51 @@ def check_context(role: str, config: Config, shape: ModelShape) -> None:
         )
 
 
+def check_writable(setting: str, path: str) -> Path:
+    """The directory of a setting, or the nearest one above that is there; ValueError where nothing can be written to it."""
+    if not path:
+        raise ValueError(f"{setting} is empty; give a directory")
+    directory = Path(path).absolute()
+    while not directory.is_dir():
+        if directory.exists() or directory.is_symlink():
+            raise ValueError(f"{setting} = {path}: {directory} is there and is no directory; choose another path")
+        directory = directory.parent
+    if not os.access(directory, os.W_OK | os.X_OK) or os.statvfs(directory).f_flag & os.ST_RDONLY:
+        raise ValueError(f"{setting} = {path}: {directory} cannot be written; choose another or change its owner")
+    if directory.is_relative_to("/proc") or directory.is_relative_to("/sys"):
+        raise ValueError(f"{setting} = {path}: {directory} keeps no files; choose another path")
+    return directory
+
+
+def check_checkpoints_are_there(config: Config) -> None:
+    """ValueError for records of steps whose checkpoints are gone: a run that began anew would cut the records off."""
+    save, interval = Path(config.training.save), config.training.save_interval
+    if not (save / "metrics.jsonl").is_file() or any((save / "checkpoints").glob("step_*")):
+        return
+    steps = max((one.get("step", 0) for one in read_journal(save / "metrics.jsonl").records), default=0)
+    if steps > 2 * interval:  # the first may have been in the making until the second, in the background
+        raise ValueError(
+            f"save = {save} has records of {steps} steps and no checkpoint, although one was due every {interval}: put its "
+            f"checkpoints back, or choose another path"
+        )
+
+
 def check_run_directory(config: Config) -> None:
-    """A run directory of another model is found before the ranks load it. Damaged checkpoints are left to the resume,
-    which falls back to an intact one."""
+    """What is wrong with `save`, found before the ranks load anything. A checkpoint of another model is; damaged ones are
+    left to the resume, which falls back to an intact one."""
+    check_writable("save", config.training.save)
+    for name in ("checkpoints", "evaluation"):
+        if (path := Path(config.training.save) / name).exists() and not path.is_dir():
+            raise ValueError(f"save = {config.training.save}: {path} is no directory; remove it, or choose another path")
+    check_checkpoints_are_there(config)
     shape = dataclasses.asdict(read_model("student", config.model.student)[1])
     states = sorted((Path(config.training.save) / "checkpoints").glob("step_*/state.json"))
     for path in states[-1:]:
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))["shape"]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+            continue
+        if not isinstance(saved, dict):
             continue
         odd = [name for name, value in saved.items() if shape.get(name, value) != value]
         if odd:

@@ -131,9 +131,10 @@ def _why_gone(holder: dict[str, Any]) -> str | None:
     pid = holder.get("pid")
     try:
         start = psutil.Process(pid).create_time()
+        distance = abs(start - float(holder.get("process_started", 0.0)))
     except (psutil.Error, TypeError, ValueError):
         return f"process {pid} has ended"
-    if abs(start - holder.get("process_started", 0.0)) > 1.0:
+    if distance > 1.0:
         return f"process {pid} is another one by now"
     return None
 

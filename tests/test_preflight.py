@@ -155,3 +155,34 @@ def test_from_the_shell_a_mistake_is_one_line_and_exit_code_2():
         "error: unknown flag --tensor-paralel-size; did you mean '--tensor-model-parallel-size'?"
     )
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        ("", "save is empty; give a directory"),
+        ("file", "file is there and is no directory"),
+        ("file/run", "file is there and is no directory"),
+        ("/proc/run", "/proc keeps no files"),
+    ],
+)
+def test_a_save_that_cannot_be_written_is_named_before_anything_starts(run_flags, tmp_path, monkeypatch, save, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert message in refused([*run_flags, "--save", save, "--dry-run"])
+
+
+def test_records_whose_checkpoints_are_gone_are_not_cut_off(single_process, run_flags, tmp_path):
+    main([*run_flags, "--train-iters", "3", "--save-interval", "1"])
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    message = refused([*run_flags, "--train-iters", "3", "--save-interval", "1"])
+    assert "has records of 3 steps and no checkpoint" in message and "put its checkpoints back" in message
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_damaged_state_of_a_checkpoint_is_left_to_the_resume(single_process, run_flags, tmp_path, caplog):
+    main([*run_flags, "--train-iters", "2", "--save-interval", "1"])
+    (tmp_path / "run" / "checkpoints" / "step_0000002" / "state.json").write_text('{"shape": []}')
+    assert main([*run_flags, "--train-iters", "2", "--save-interval", "1"]) == 0
+    assert "falling back to checkpoint step_0000001" in caplog.text

@@ -352,10 +352,10 @@ def convert(options: argparse.Namespace) -> str:
     """Run one conversion; returns what was written. ValueError when input, sizes or output are unfit."""
     if not options.input.is_dir():
         raise ValueError(f"--input {options.input} is not a directory; pass the directory that holds config.json")
-    if options.output.exists():
+    if options.output.exists() or options.output.is_symlink():
         raise ValueError(f"--output {options.output} exists already; choose another or remove it")
-    if options.max_part_gb <= 0:
-        raise ValueError(f"--max-part-gb {options.max_part_gb} must be > 0")
+    if not 0 < options.max_part_gb < 1e6:
+        raise ValueError(f"--max-part-gb {options.max_part_gb}: expected a number above 0 and below a million")
     given = {size: getattr(options, name) for size, name in SIZES.items()}
     if options.bridge:
         return _convert_with_bridge(options, given)
@@ -365,6 +365,8 @@ def convert(options: argparse.Namespace) -> str:
         num_tensors = hf_to_megatron(options.input, options.output, grid)
     elif options.direction == "megatron-to-hf":
         num_tensors = megatron_to_hf(options.input, options.output, given, max_part_bytes=max_part_bytes)
+    elif sizes := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"--{SIZES[sizes[0]].replace('_', '-')} says nothing with checkpoint-to-hf; leave it out")
     else:
         num_tensors = checkpoint_to_hf(options.input, options.output, max_part_bytes=max_part_bytes)
     return f"{num_tensors} tensors, manifest.json with a sha256 for each"

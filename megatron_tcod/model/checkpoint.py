@@ -267,7 +267,10 @@ def _remove_old(root: Path, *, keep: int, newest: Path) -> None:
     for path in [*steps[:place], *steps[place + keep :]]:
         hidden = path.with_name(f".{path.name}.gone")
         path.rename(hidden)  # invisible before it is incomplete
-        shutil.rmtree(hidden)
+        if hidden.is_symlink():
+            hidden.unlink()  # what it leads to is somebody's own
+        else:
+            shutil.rmtree(hidden)
     for stale in root.glob(".step_*"):
         shutil.rmtree(stale, ignore_errors=True)
 

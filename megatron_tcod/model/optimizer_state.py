@@ -188,7 +188,7 @@ def check_masters(has_masters: bool, scalars: Mapping[str, Any]) -> None:
     if has_masters != scalars["has_master_weights"]:
         raise ValueError(
             f"this run {'has' if has_masters else 'has no'} fp32 master weights, the checkpoint is of the other "
-            "precision; resume with the precision of the checkpoint"
+            "precision; give or leave out --bf16 as the run that saved it did"
         )
 
 

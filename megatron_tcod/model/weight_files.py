@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "manifest.json"
-FIX = f"copy the directory again, or remove {MANIFEST_FILE} if the change was meant"
+FIX = f"copy the directory again, or, if it is no training checkpoint and the change was meant, remove {MANIFEST_FILE}"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -472,6 +472,16 @@ def test_only_the_newest_are_kept_and_the_one_just_written_always(root):
         save_student(root, student, 5, keep=0)
 
 
+def test_a_checkpoint_that_is_a_link_goes_without_what_it_leads_to(root, tmp_path):
+    (root / "step_0000002").rename(tmp_path / "elsewhere")
+    (root / "step_0000002").symlink_to(tmp_path / "elsewhere")
+    student = new_student()
+    assert load_student(root, student).step == 2
+    save_student(root, student, 3, keep=1)
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_0000003"]
+    assert (tmp_path / "elsewhere" / "state.json").is_file()
+
+
 def test_a_save_that_fails_leaves_the_earlier_ones_and_no_trace(root):
     student = new_student()
     load_student(root, student)

@@ -203,6 +203,30 @@ def test_context_parallelism_and_wider_teachers_are_among_the_layouts_that_are_t
     assert best.seconds < min(one.seconds for one in narrow if one.fits), "here a wider teacher leaves the servers more room"
 
 
+@pytest.mark.parametrize("flag", ["--turns=0", "--turns=-1", "--response-tokens=inf", "--memory-gib=nan", "--memory-gib=-5"])
+def test_a_number_that_nobody_plans_with_is_refused_by_its_flag(flag, capsys):
+    with pytest.raises(SystemExit):
+        scaling_question(flag)
+    assert f"argument {flag.partition('=')[0]}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--virtual-pipeline-model-parallel-size", "2"], "virtual_pipeline_model_parallel_size 2 needs at least 2 chunks"),
+        (["--sequence-parallel"], "sequence_parallel cuts tokens over the tensor-parallel ranks"),
+        (["--recompute-num-layers", "99"], "recompute_num_layers 99"),
+        (["--expert-model-parallel-size", "2"], "expert_model_parallel_size 2 shares out experts"),
+        (["--teacher-expert-model-parallel-size", "2"], "shares out experts and the teacher has none"),
+    ],
+)
+def test_the_plan_prices_no_layout_that_training_refuses(flags, message):
+    options, _ = plan.parse([str(ROOT / "examples/scaling/run.toml"), "--gpus", "8"])
+    config = plan.load_config(["--config", options.config, *model_flags(), *flags])
+    told = plan.configured(config, plan.question_of(config, options)[0], 8)
+    assert isinstance(told, str) and message in told
+
+
 def test_nothing_fits_where_nothing_can():
     assert plan.choose(scaling_question("--memory-gib", "4"), 8) is None
 

@@ -28,7 +28,7 @@ FAMILIES = {
 
 def find_family(model_type: str) -> Family:
     """The family of a config.json `model_type`; ValueError lists the known ones."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"model_type {model_type!r} has no family here, expected one of {sorted(FAMILIES)}; "
             "use such a checkpoint, or add a file under model/families and a line to FAMILIES (to convert only: "
