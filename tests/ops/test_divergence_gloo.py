@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
+from yardstick import product_error
 
 from megatron_tcod.ops import reference
 from megatron_tcod.ops.divergence import KINDS, align_head, linear_divergence, linear_logprob
@@ -273,7 +274,8 @@ def _truth(case: Case) -> dict[str, torch.Tensor]:
 def test_shards_give_the_unsharded_value_and_gradient(played, tp_size: int, name: str):
     case, (ranks, _) = CASES[name], played[tp_size]
     truth = _truth(case)
-    tolerance = 1e-10 if case.dtype == torch.float64 else 3e-6
+    # 3e-6 where a product's long sum is as exact as that; its largest element errs by some times the norm's share.
+    tolerance = 1e-10 if case.dtype == torch.float64 else max(3e-6, 4 * product_error(case.vocab, torch.float32))
     for key in ("loss", *STATISTICS, "hidden_grad"):
         torch.testing.assert_close(
             ranks[0][f"{name}/{key}"].double(),
@@ -294,7 +296,9 @@ def test_gradient_is_not_scaled_by_the_group_size(played, tp_size: int, name: st
     head_grad = torch.cat([rank[f"{name}/head_grad"] for rank in ranks])
     for grad, expected in ((ranks[0][f"{name}/hidden_grad"], truth["hidden_grad"]), (head_grad, truth["head_grad"])):
         ratio = (grad * expected).double().sum() / expected.double().square().sum()
-        assert ratio.item() == pytest.approx(1.0, abs=1e-6)
+        is_double = CASES[name].dtype == torch.float64
+        own = 0.0 if is_double else product_error(CASES[name].vocab, torch.float32)  # both sides are such products
+        assert ratio.item() == pytest.approx(1.0, abs=max(1e-6, own))
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])

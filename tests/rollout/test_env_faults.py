@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -127,10 +128,11 @@ def kill_at_random(
     stop: threading.Event, rng: random.Random, killed: set[int], seen: set[psutil.Process], every_s: float
 ) -> None:
     """kill -9 on one environment process at a time, wherever it is; all that ever ran below this process goes to `seen`,
-    because what a killed one had started is nobody's descendant any more."""
+    because what a killed one had started is nobody's descendant any more. What other tests have left running is theirs."""
+    others = set(psutil.Process().children(recursive=True))
     while not stop.wait(every_s * (0.5 + rng.random())):
-        seen.update(psutil.Process().children(recursive=True))
-        living = [process for process in psutil.Process().children() if is_alive(process)]
+        seen.update(set(psutil.Process().children(recursive=True)) - others)
+        living = [process for process in psutil.Process().children() if process not in others and is_alive(process)]
         if living:
             victim = rng.choice(living)
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -151,8 +153,10 @@ def play_under_fire(family, tasks, tokenizer, *, every_s: float, max_open: int =
         killer.join()
     WORKERS.close()
     assert len(seen) >= len(killed) > 0
-    _, left = psutil.wait_procs(seen, timeout=5)  # a killed group may take a moment
-    return episodes, len(killed), [process for process in left if is_alive(process)]
+    deadline = time.monotonic() + 5  # a killed group may take a moment
+    while any(map(is_alive, seen)) and time.monotonic() < deadline:  # not waited for: whoever started it does that
+        time.sleep(0.05)
+    return episodes, len(killed), [process for process in seen if is_alive(process)]
 
 
 def test_a_batch_completes_while_its_processes_are_killed(tokenizer):
