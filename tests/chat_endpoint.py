@@ -3,7 +3,7 @@
     with ChatEndpoint(answer) as endpoint:       # answer(messages, body) -> text, or a whole reply as a dict
         client = ChatClient(endpoint.url)
     endpoint.bodies, endpoint.headers            # what it was asked
-    endpoint.faults = ["error_500", "ok"]        # of the next requests, then "ok" again
+    endpoint.faults = ["error_500", "ok"]        # of the next requests, then "ok" again; an answer may be a Fault too
 
 `ModelAnswers` answers with a model of a Hugging Face directory through the embedded engine. It keeps the ids of its own
 answers, so that a conversation that comes back as text is the one that was sampled.
@@ -19,6 +19,10 @@ from megatron_tcod.envs.household_expert import Expert
 from megatron_tcod.rollout.embedded_engine import EmbeddedEngine
 from megatron_tcod.rollout.engine import Sampling
 from megatron_tcod.rollout.transcript import Transcript
+
+
+class Fault(str):
+    """What an answer may be instead of a text: one of the endpoint's faults."""
 
 
 class ChatEndpoint:
@@ -65,6 +69,8 @@ class ChatEndpoint:
                 return await self._misbehave(fault, request)
             found = self.answer(body["messages"], body)
             found = await found if asyncio.iscoroutine(found) else found
+            if isinstance(found, Fault):
+                return await self._misbehave(found, request)
             return web.json_response(found if isinstance(found, dict) else reply_of(found))
         finally:
             self.now -= 1

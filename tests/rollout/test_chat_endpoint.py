@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 pytest.importorskip("aiohttp")
-from chat_endpoint import ChatEndpoint, reply_of  # noqa: E402
+from chat_endpoint import ChatEndpoint, Fault, reply_of  # noqa: E402
 from fakes import Script, scripted_family  # noqa: E402
 
 from megatron_tcod.rollout.chat_client import ChatClient, ContextExceeded  # noqa: E402
@@ -167,11 +167,16 @@ def test_compact_history_is_one_message():
 
 
 def test_a_conversation_that_no_longer_fits_ends_its_episode_and_a_broken_one_is_counted():
+    longer = []  # the first conversation that comes back for its second turn is too long
+
     def answer(messages, body):
-        return "x" * 9 if messages[0]["content"] == "good" else {"choices": "broken"}
+        if messages[0]["content"] != "good":
+            return {"choices": "broken"}
+        if len(messages) > 1:
+            longer.append(messages)
+        return Fault("too_long") if len(messages) > 1 and len(longer) == 1 else "x" * 9
 
     with ChatEndpoint(answer) as endpoint:
-        endpoint.faults = ["ok", "ok", "ok", "ok", "too_long"]
         scripts = {"a": Script(observations=["good", "on"], done_after=4), "b": Script(observations=["bad"])}
         episodes = play(endpoint, scripts)
     assert sorted(episode.outcome for episode in episodes) == ["engine_fault", "engine_fault", "ok", "ok"]
