@@ -143,6 +143,7 @@ def kill_at_random(
 
 def play_under_fire(family, tasks, tokenizer, *, every_s: float, max_open: int = 16, **changes):
     """The episodes, how many processes were killed, and those that outlive the collection."""
+    WORKERS.close()  # processes that earlier tests left idle would be used, and spared
     stop, killed, seen = threading.Event(), set(), set()
     killer = threading.Thread(target=kill_at_random, args=(stop, random.Random(5), killed, seen, every_s))
     killer.start()
