@@ -327,18 +327,19 @@ def check_servers(config: Config, *, dp_size: int | None) -> list[str]:
 
 
 def check_unused(config: Config) -> None:
-    """ValueError for what names servers that this run does not use: it would play and score otherwise than was asked."""
+    """ValueError for what names servers that this run does not use: it would play and score otherwise than was asked.
+
+    Tables of SGLang's flags name none; a file may hold them for the runs that choose servers.
+    """
     sglang = config.sglang
     of_rollouts = {
         f"sglang_urls = {sglang.sglang_urls}": sglang.sglang_urls,
         f"sglang_key_file = {sglang.sglang_key_file}": sglang.sglang_key_file,
-        "[rollout.server]": config.rollout.server,
     }
     of_teacher = {
         f"teacher_url = {sglang.teacher_url}": sglang.teacher_url,
         f"teacher_model = {sglang.teacher_model}": sglang.teacher_model,
         f"teacher_key_file = {sglang.teacher_key_file}": sglang.teacher_key_file,
-        "[sglang.teacher_server]": sglang.teacher_server,
     }
     engine, teacher = config.rollout.rollout_engine, config.model.teacher
     for flag, value, settings in (("rollout-engine", engine, of_rollouts), ("teacher", teacher, of_teacher)):

@@ -52,7 +52,6 @@ TEACHER = ["--teacher", "sglang", "--teacher-url", "http://127.0.0.1:3"]
         (LAUNCHED, "", "sglang_python = /bin/sh has no package sglang"),
         (LAUNCHED, "[rollout.server]\nhos = '0.0.0.0'\n", r"\[rollout.server\] must not set hos"),
         (LAUNCHED, "[rollout.server]\ntp = true\n", r"\[rollout.server\] tp_size = True is no number of GPUs"),
-        ([], "[rollout.server]\ntp_size = 2\n", r"\[rollout.server\] is read with --rollout-engine sglang only"),
         (ATTACHED[2:], "", r"sglang_urls = \['http://127.0.0.1:1', .* is read with --rollout-engine sglang only"),
         (["--teacher-key-file", "k", "--teacher", "x"], "", "teacher_key_file = k is read with --teacher sglang only"),
         ([*REMOTE, "--weight-sync", "tensor"], "", "weight_sync = tensor hands over memory of this host, and http://10.0.0.5"),
