@@ -626,7 +626,7 @@ def log_to_console() -> None:
 
 
 def run_entry_point(main: Callable[[list[str]], int | None]) -> None:
-    """Call an entry point; a user's mistake becomes one line on stderr and exit code 2.
+    """Call an entry point; a user's mistake becomes one line on stderr, each of several its own, and exit code 2.
 
     Before the ranks meet all of them find the same mistake and the first one speaks; after that any of them may.
     """
@@ -640,7 +640,8 @@ def run_entry_point(main: Callable[[list[str]], int | None]) -> None:
         torch = sys.modules.get("torch")
         have_met = torch is not None and torch.distributed.is_initialized()
         if rank == "0" or have_met:
-            print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr)
+            said = "error: " if rank == "0" else f"error (rank {rank}): "
+            print("\n".join(said + line for line in str(error).splitlines() or [""]), file=sys.stderr)
         logging.getLogger("megatron_tcod").debug("traceback of the error above", exc_info=True)
         raise SystemExit(2) from None
     except RuntimeError as error:

@@ -1,7 +1,7 @@
 """What can be wrong with a node, checked before any rank starts: `python -m megatron_tcod.doctor launch [options] -- flags`.
 
-    report = check_node(config, Node(num_nodes=2, node_rank=0, ranks_per_node=8, master_addr="10.0.0.1"))
-    print("\\n".join(report.lines)); report.faults           # every fault is found, not the first alone
+    found = check_node(config, Node(num_nodes=2, node_rank=0, ranks_per_node=8, master_addr="10.0.0.1"))
+    print("\\n".join(found.lines)); found.faults           # every fault is found, not the first alone
 
 The scripts of examples/launch/ call it on each node: devices, NCCL, the rendezvous port, room for checkpoints, shared
 memory, and then everything that `preflight` finds about settings, models, vocabularies and data. It opens no connection
@@ -16,8 +16,8 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,7 @@ import torch
 from megatron_tcod.config import Config, load_config
 from megatron_tcod.cost_model import num_parameters
 from megatron_tcod.model.shape import ModelShape
-from megatron_tcod.preflight import check_run_directory, check_training, check_writable, preflight, read_model
+from megatron_tcod.preflight import Findings, check_writable, examine_training, read_model
 
 CHECKPOINT_BYTES = 16
 """Of one parameter in a checkpoint: fp32 weight, two fp32 moments, and the weight once more under Hugging Face names."""
@@ -51,35 +51,18 @@ class Node:
     """How long the name of node 0 may take to appear; a pod's does so with the pod."""
 
 
-@dataclass
-class NodeReport:
-    lines: list[str] = field(default_factory=list)
-    """What is as it should be."""
-    faults: list[str] = field(default_factory=list)
-    """One message each: the field, what was expected, the fix."""
-
-    def add(self, check: Callable[..., str | list[str]], *args: object) -> None:
-        try:
-            found = check(*args)
-        except (ValueError, OSError) as error:
-            if str(error) not in self.faults:
-                self.faults.append(str(error))
-        else:
-            self.lines += [found] if isinstance(found, str) else found
+def check_node(config: Config, node: Node) -> Findings:
+    found = Findings()
+    for check in (check_size, check_devices, check_network, check_master):
+        found.lines += found.add(check, node) or []
+    found.lines += found.add(check_room, config, node) or []
+    settings = examine_training(config, world_size=node.num_nodes * node.ranks_per_node)
+    found.lines += settings.lines
+    found.faults += [fault for fault in settings.faults if fault not in found.faults]
+    return found
 
 
-def check_node(config: Config, node: Node) -> NodeReport:
-    report = NodeReport()
-    report.add(check_size, node)
-    report.add(check_devices, node)
-    report.add(check_network, node)
-    report.add(check_master, node)
-    report.add(check_room, config, node)
-    report.add(check_settings, config, node)
-    return report
-
-
-def check_size(node: Node) -> str:
+def check_size(node: Node) -> list[str]:
     if not 0 <= node.node_rank < node.num_nodes:
         raise ValueError(
             f"NODE_RANK = {node.node_rank} must lie in [0, {node.num_nodes}), NUM_NODES = {node.num_nodes}; give every node "
@@ -88,10 +71,10 @@ def check_size(node: Node) -> str:
     if node.ranks_per_node < 1:
         raise ValueError(f"GPUS_PER_NODE = {node.ranks_per_node} must be at least 1")
     total = node.num_nodes * node.ranks_per_node
-    return f"node {node.node_rank} of {node.num_nodes}, {node.ranks_per_node} ranks here, {total} in all"
+    return [f"node {node.node_rank} of {node.num_nodes}, {node.ranks_per_node} ranks here, {total} in all"]
 
 
-def check_devices(node: Node) -> str:
+def check_devices(node: Node) -> list[str]:
     """As many GPUs as ranks, or none and nobody who asks for them."""
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if node.device != "cpu" and found and found < node.ranks_per_node:
@@ -108,10 +91,10 @@ def check_devices(node: Node) -> str:
         )
     if found and node.device != "cpu":
         names = {torch.cuda.get_device_name(index) for index in range(found)}
-        return f"devices: {found} x {', '.join(sorted(names))}"
+        return [f"devices: {found} x {', '.join(sorted(names))}"]
     if found:
         raise ValueError("DEVICE = cpu, but GPUs are visible and would be used; set CUDA_VISIBLE_DEVICES= (empty)")
-    return f"devices: none, {node.ranks_per_node} ranks share {os.cpu_count()} CPU cores over gloo"
+    return [f"devices: none, {node.ranks_per_node} ranks share {os.cpu_count()} CPU cores over gloo"]
 
 
 def check_network(node: Node) -> list[str]:
@@ -135,12 +118,12 @@ def check_network(node: Node) -> list[str]:
     return lines
 
 
-def check_master(node: Node) -> str:
+def check_master(node: Node) -> list[str]:
     """Node 0 can listen at MASTER_ADDR:MASTER_PORT; the others know the name."""
     address = resolve(node)
     if node.node_rank:
         note = ", which is this machine itself" if address.startswith("127.") else ""
-        return f"rendezvous: {node.master_addr}:{node.master_port} is {address}{note}"
+        return [f"rendezvous: {node.master_addr}:{node.master_port} is {address}{note}"]
     if node.num_nodes > 1 and not is_own(address):
         raise ValueError(
             f"MASTER_ADDR = {node.master_addr} is {address}, no address of this machine, which is NODE_RANK 0; give the "
@@ -159,7 +142,7 @@ def check_master(node: Node) -> str:
                 ) from None
             raise ValueError(f"MASTER_PORT = {node.master_port} of {address} cannot be used: {error.strerror}") from None
     note = ", which other machines cannot reach" if node.num_nodes > 1 and address.startswith("127.") else ""
-    return f"rendezvous: {node.master_addr}:{node.master_port} is free{note}"
+    return [f"rendezvous: {node.master_addr}:{node.master_port} is free{note}"]
 
 
 def resolve(node: Node) -> str:
@@ -205,12 +188,6 @@ def checkpoint_bytes(shape: ModelShape) -> int:
     return CHECKPOINT_BYTES * num_parameters(shape) + CHECKPOINT_OVERHEAD_BYTES
 
 
-def check_settings(config: Config, node: Node) -> list[str]:
-    check_training(config)
-    check_run_directory(config)
-    return preflight(config, world_size=node.num_nodes * node.ranks_per_node)
-
-
 def mebibytes(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
@@ -234,6 +211,6 @@ def main(argv: Sequence[str]) -> int:
     if not 1 <= options.master_port <= 65535:
         raise ValueError(f"MASTER_PORT = {options.master_port}: expected a port from 1 to 65535, the same on all nodes")
     config = load_config(argv[len(own) + 1 :], prog="megatron_tcod.train")
-    report = check_node(config, Node(**vars(options)))
-    print("\n".join([*report.lines, *(f"error: {fault}" for fault in report.faults)]))
-    return 2 if report.faults else 0
+    found = check_node(config, Node(**vars(options)))
+    print("\n".join([*found.lines, *(f"error: {fault}" for fault in found.faults)]))
+    return 2 if found.faults else 0

@@ -1,6 +1,7 @@
 """Checks everything about a run that can be checked before any process group, model or server starts.
 
-    lines = preflight(config, world_size=2)         # ValueError: one message with the field, what was expected, the fix
+    lines = preflight(config, world_size=2)         # ValueError: a line per fault: the field, what was expected, the fix
+    found = examine(config, world_size=2)           # found.lines and found.faults instead
 
 Launch scripts call it through `python -m megatron_tcod.train --dry-run`, so that a mistake costs seconds and one message
 instead of a traceback per rank. It reads configurations, tokenizers and demonstrations, and no weights.
@@ -12,7 +13,10 @@ import dataclasses
 import importlib.util
 import json
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +34,8 @@ from megatron_tcod.assembly import (
 )
 from megatron_tcod.config import SGLANG, Config
 from megatron_tcod.envs import check_env_options, load_env
+from megatron_tcod.envs.base import EnvironmentFamily
+from megatron_tcod.envs.demonstrations import Demonstration
 from megatron_tcod.journal import read_journal
 from megatron_tcod.model import accelerators
 from megatron_tcod.model.build import check_layout, check_recompute
@@ -42,73 +48,163 @@ from megatron_tcod.model.sharded_files import open_weights
 from megatron_tcod.ops import backends
 from megatron_tcod.rollout.chat import TurnTokenizer, check_same_tokenizer
 
+Found = TypeVar("Found")
+
+
+@dataclass
+class Findings:
+    """What checks have said so far. Every one that can be made is, whatever the ones before found."""
+
+    lines: list[str] = field(default_factory=list)
+    """What is as it should be."""
+    faults: list[str] = field(default_factory=list)
+    """One line each: the field, what was expected, the fix."""
+
+    def add(self, check: Callable[..., Found], *args: Any, **options: Any) -> Found | None:
+        """What the check returns; None where it finds a fault."""
+        try:
+            return check(*args, **options)
+        except (ValueError, OSError) as error:
+            self.faults += [line for line in str(error).splitlines() if line not in self.faults]
+        return None
+
+    def require(self) -> list[str]:
+        """The lines; ValueError with a line for each fault."""
+        if self.faults:
+            raise ValueError("\n".join(self.faults))
+        return self.lines
+
 
 def preflight(config: Config, *, world_size: int | None) -> list[str]:
-    """What the run consists of, a line each. `world_size` None skips the check that needs it."""
-    layout = layout_of(config.parallel)
-    dp = check_world_size(layout, world_size) if world_size is not None else None
-    teacher_layout = teacher_layout_of(config.parallel)
-    if teacher_layout is not None and world_size is not None:
-        check_teacher_world_size(teacher_layout, world_size)
-    recompute = recompute_of(config.parallel)
-    family, shape = read_model("student", config.model.student)
-    if config.model.init == "load":
-        check_weights(config.model.student, family, shape)
-    accelerators.choose(config.model.transformer_impl, accelerators.find())
-    lines = [f"student {family.model_type}: {describe(shape)}"]
-    check_layout(shape, layout, whose="the student's")
-    check_trainable(shape, layout)
-    check_recompute(shape, layout, recompute)
-    check_context("student", config, shape)
-    tokenizer = tokenizer_of(config, config.model.student)
-    check_vocabulary("student", shape, tokenizer)
-    lines += serving.check_servers(config, dp_size=dp)
+    """What the run consists of, a line each. `world_size` None skips the checks that need it."""
+    return examine(config, world_size=world_size).require()
+
+
+def examine_training(config: Config, *, world_size: int | None) -> Findings:
+    """`examine`, and what only training asks for."""
+    found = examine(config, world_size=world_size)
+    found.add(check_training, config)
+    found.add(check_run_directory, config)
+    return found
+
+
+def examine(config: Config, *, world_size: int | None) -> Findings:
+    """Everything that `preflight` checks, with all faults."""
+    found = Findings()
+    layout, teacher_layout = layout_of(config.parallel), teacher_layout_of(config.parallel)
+    dp = found.add(check_world_size, layout, world_size) if world_size is not None else None
+    found.add(accelerators.choose, config.model.transformer_impl, accelerators.find())
+    tokenizer = examine_student(found, config, layout)
+    found.lines += found.add(serving.check_servers, config, dp_size=dp) or []
     if serving.is_teacher_served(config):
-        check_served_teacher(config)
-        serving.check_teacher_model(config, tokenizer)
-        if config.sglang.teacher_model:
-            check_same_tokenizer(tokenizer, tokenizer_of(config, config.sglang.teacher_model))
+        examine_served_teacher(found, config, tokenizer)
     elif config.objective.objective != "sft":
-        family, teacher = read_model("teacher", config.model.teacher)
-        lines.append(f"teacher {family.model_type}: {describe(teacher)}")
-        check_weights(config.model.teacher, family, teacher)
-        check_context("teacher", config, teacher)
+        if teacher_layout is not None and world_size is not None:
+            found.add(check_teacher_world_size, teacher_layout, world_size)
         whole_stages = dataclasses.replace(layout, virtual_pipeline_model_parallel_size=None)
-        check_layout(teacher, teacher_layout or whole_stages, whose="the teacher's")
-        check_teacher_experts(config, teacher)
-        check_same_tokenizer(tokenizer, tokenizer_of(config, config.model.teacher))
-        check_vocabulary("teacher", teacher, tokenizer)
+        examine_teacher(found, config, teacher_layout or whole_stages, tokenizer)
+    examine_tasks(found, config)
+    cp = f"cp {layout.context_parallel_size}, " if layout.context_parallel_size > 1 else ""
+    found.lines.append(f"layout: {spread(layout)}, {cp}dp {'as launched' if dp is None else dp}{experts_over(layout)}")
+    has_teacher = config.objective.objective != "sft"
+    if has_teacher and teacher_layout is not None:
+        found.lines.append(f"teacher's layout: {spread(teacher_layout)}{experts_over(teacher_layout)}")
+    if has_teacher and config.parallel.teacher_offload:
+        cost = "" if torch.cuda.is_available() else "; without CUDA they are there anyway and nothing is copied"
+        found.lines.append(f"teacher's weights: in host memory but while it scores{cost}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backend = found.add(backends.choose, config.objective.divergence_backend, device=device, dtype=dtype_of(config))
+    if backend is not None:
+        found.lines.append(f"divergence: {backend.name} on {device}")
+    return found
+
+
+def examine_student(found: Findings, config: Config, layout: ParallelLayout) -> TurnTokenizer | None:
+    """The student's directory against the layout; its tokenizer."""
+    model = found.add(read_model, "student", config.model.student)
+    if model is None:
+        return None
+    family, shape = model
+    found.lines.append(f"student {family.model_type}: {describe(shape)}")
+    if config.model.init == "load":
+        found.add(check_weights, config.model.student, family, shape)
+    found.add(check_layout, shape, layout, whose="the student's")
+    found.add(check_trainable, shape, layout)
+    found.add(check_recompute, shape, layout, recompute_of(config.parallel))
+    found.add(check_context, "student", config, shape)
+    tokenizer = found.add(tokenizer_of, config, config.model.student)
+    if tokenizer is not None:
+        found.add(check_vocabulary, "student", shape, tokenizer)
+    return tokenizer
+
+
+def examine_served_teacher(found: Findings, config: Config, tokenizer: TurnTokenizer | None) -> None:
+    found.add(check_served_teacher, config)
+    if tokenizer is None:
+        return
+    found.add(serving.check_teacher_model, config, tokenizer)
+    if config.sglang.teacher_model:
+        own = found.add(tokenizer_of, config, config.sglang.teacher_model)
+        if own is not None:
+            found.add(check_same_tokenizer, tokenizer, own)
+
+
+def examine_teacher(
+    found: Findings, config: Config, layout: ParallelLayout, tokenizer: TurnTokenizer | None
+) -> None:
+    """The directory of a teacher in these processes against its layout and the student's tokenizer."""
+    model = found.add(read_model, "teacher", config.model.teacher)
+    if model is None:
+        return
+    family, shape = model
+    found.lines.append(f"teacher {family.model_type}: {describe(shape)}")
+    found.add(check_weights, config.model.teacher, family, shape)
+    found.add(check_context, "teacher", config, shape)
+    found.add(check_layout, shape, layout, whose="the teacher's")
+    found.add(check_teacher_experts, config, shape)
+    own = found.add(tokenizer_of, config, config.model.teacher)
+    if own is None:
+        return
+    found.add(check_vocabulary, "teacher", shape, own)
+    if tokenizer is not None:
+        found.add(check_same_tokenizer, tokenizer, own)
+
+
+def examine_tasks(found: Findings, config: Config) -> None:
+    """Environment, demonstrations, tasks and the curriculum over them; each needs the ones before."""
+    demonstrations = found.add(read_demonstrations_of, config)
+    environment = found.add(load_usable_env, config)
+    if environment is None or demonstrations is None:
+        return
+    settings = config.evaluation
+    trained = found.add(train_tasks, config, environment, demonstrations)
+    evaluated = found.add(
+        environment.tasks, settings.eval_split, count=settings.eval_tasks, **config.environment.env_options
+    )
+    if trained is not None and evaluated is not None:
+        counts = f"{len(trained)} to train on, {len(evaluated)} to evaluate on, {len(demonstrations)} demonstrations"
+        found.lines.append(f"tasks: {counts}")
+    curriculum = found.add(curriculum_of, config, demonstrations)
+    if curriculum is not None:
+        depths = [curriculum.depth(step) for step in (0, max(config.training.train_iters - 1, 0))]
+        found.lines.append(f"curriculum {config.curriculum.curriculum}: k {depths[0]} -> {depths[1]}")
+
+
+def load_usable_env(config: Config) -> type[EnvironmentFamily]:
     environment = load_env(config.environment.env)
     environment.require()
     check_env_options(config.environment.env, config.environment.env_options)
+    return environment
+
+
+def read_demonstrations_of(config: Config) -> Mapping[str, Demonstration]:
     demonstrations = load_demonstrations(config)
     if needs_file(config) and not demonstrations:
         raise ValueError(
             f"demonstrations = {config.curriculum.demonstrations}: the file holds no successful demonstration; "
             f"collect some with python -m megatron_tcod.demonstrate"
         )
-    num_tasks = len(train_tasks(config, environment, demonstrations))
-    num_eval = len(environment.tasks(
-        config.evaluation.eval_split, count=config.evaluation.eval_tasks, **config.environment.env_options
-    ))
-    lines.append(f"tasks: {num_tasks} to train on, {num_eval} to evaluate on, {len(demonstrations)} demonstrations")
-    curriculum = curriculum_of(config, demonstrations)
-    depths = [curriculum.depth(step) for step in (0, max(config.training.train_iters - 1, 0))]
-    lines.append(f"curriculum {config.curriculum.curriculum}: k {depths[0]} -> {depths[1]}")
-    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    cp = f"cp {layout.context_parallel_size}, " if layout.context_parallel_size > 1 else ""
-    lines.append(f"layout: tp {tp}, pp {pp}, {cp}dp {'as launched' if dp is None else dp}{experts_over(layout)}")
-    has_teacher = config.objective.objective != "sft"
-    if has_teacher and teacher_layout is not None:
-        tp, pp = teacher_layout.tensor_model_parallel_size, teacher_layout.pipeline_model_parallel_size
-        lines.append(f"teacher's layout: tp {tp}, pp {pp}{experts_over(teacher_layout)}")
-    if has_teacher and config.parallel.teacher_offload:
-        cost = "" if torch.cuda.is_available() else "; without CUDA they are there anyway and nothing is copied"
-        lines.append(f"teacher's weights: in host memory but while it scores{cost}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    backend = backends.choose(config.objective.divergence_backend, device=device, dtype=dtype_of(config))
-    lines.append(f"divergence: {backend.name} on {device}")
-    return lines
+    return demonstrations
 
 
 def check_training(config: Config) -> None:
@@ -138,6 +234,10 @@ def describe(shape: ModelShape) -> str:
         f"{shape.num_layers} layers, hidden {shape.hidden_size}, {shape.num_attention_heads} heads, "
         f"vocabulary {shape.vocab_size}"
     )
+
+
+def spread(layout: ParallelLayout) -> str:
+    return f"tp {layout.tensor_model_parallel_size}, pp {layout.pipeline_model_parallel_size}"
 
 
 def experts_over(layout: ParallelLayout) -> str:

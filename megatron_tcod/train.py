@@ -42,7 +42,7 @@ from megatron_tcod.metrics import (
 from megatron_tcod.model import parallel
 from megatron_tcod.model.segments import cost_of_pair
 from megatron_tcod.model.weight_files import SINGLE_FILE
-from megatron_tcod.preflight import check_run_directory, check_training, preflight
+from megatron_tcod.preflight import examine_training
 from megatron_tcod.run_lock import RunLock
 from megatron_tcod.stop_signals import EXIT_CODES, Stopped, StopSignals
 from megatron_tcod.tcod import sft_step, tcod_step
@@ -363,9 +363,8 @@ def main(argv: list[str]) -> int:
         print(to_toml(config), end="")
         return 0
     log_to_console()
-    check_training(config)
-    check_run_directory(config)
-    checked = preflight(config, world_size=None if dry_run and "WORLD_SIZE" not in os.environ else world_size())
+    is_unlaunched = dry_run and "WORLD_SIZE" not in os.environ
+    checked = examine_training(config, world_size=None if is_unlaunched else world_size()).require()
     if dry_run:
         print("\n".join(checked))
         return 0

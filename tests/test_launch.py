@@ -44,11 +44,13 @@ def test_a_node_that_can_start_has_no_fault(run_flags, tmp_path):
     assert not (tmp_path / "run").exists() and not (tmp_path / "logs").exists(), "a check leaves nothing behind"
 
 
-def test_every_fault_of_a_node_is_found_at_once(run_flags):
-    config = load_config([*run_flags, "--tensor-model-parallel-size", "2", "--student", "nowhere"])
-    wrong = node(node_rank=3, ranks_per_node=3, resolve_seconds=0, master_addr="no.such.host.invalid")
-    faults = check_node(config, wrong).faults
-    assert [re.match(r"[\w.]+", fault)[0] for fault in faults] == ["NODE_RANK", "MASTER_ADDR", "student"]
+def test_every_fault_of_a_node_and_of_the_settings_is_found_at_once(run_flags):
+    wrong = ["--tensor-model-parallel-size", "2", "--student", "nowhere", "--teacher", "neither", "--lr-warmup-iters", "9"]
+    wrong += ["--env-options", "num_place", "3", "--demonstrations", "missing.jsonl", "--curriculum", "b2f"]
+    config = load_config([*run_flags, *wrong, "--save", "/proc/run", "--lr-decay-style", "cosine"])
+    faults = check_node(config, node(node_rank=3, ranks_per_node=3, resolve_seconds=0, master_addr="no.such.invalid")).faults
+    named = ["NODE_RANK", "MASTER_ADDR", "save", "world", "student", "teacher", "demonstration", "env", "lr_warmup_iters"]
+    assert [re.match(r"[\w.]+", fault)[0] for fault in faults] == named
 
 
 def test_a_taken_port(run_flags):

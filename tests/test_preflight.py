@@ -83,8 +83,10 @@ def test_run_directory_of_another_model(single_process, run_flags, household_mod
 
 
 def test_context_that_the_model_cannot_hold(run_flags):
-    message = refused([*run_flags, "--rollout-max-context-len", "4096", "--dry-run"])
-    assert "rollout_max_context_len = 4096 exceeds the student's max_position_embeddings = 2048" in message
+    with pytest.raises(ValueError) as caught:
+        main([*run_flags, "--rollout-max-context-len", "4096", "--dry-run"])
+    for fault, role in zip(str(caught.value).splitlines(), ("student", "teacher"), strict=True):
+        assert f"rollout_max_context_len = 4096 exceeds the {role}'s max_position_embeddings = 2048" in fault
 
 
 def test_split_that_the_environment_does_not_have(run_flags):
@@ -146,15 +148,24 @@ def test_comparing_what_is_no_evaluation(tmp_path):
     assert "is no evaluation record" in message
 
 
-def test_from_the_shell_a_mistake_is_one_line_and_exit_code_2():
+def from_the_shell(*flags):
+    """The lines that training says before it ends with code 2."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, "-m", "megatron_tcod.train", "--tensor-paralel-size", "2"]
+    command = [sys.executable, "-m", "megatron_tcod.train", *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1] == (
-        "error: unknown flag --tensor-paralel-size; did you mean '--tensor-model-parallel-size'?"
-    )
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()
+
+
+def test_from_the_shell_a_mistake_is_one_line_and_exit_code_2():
+    lines = from_the_shell("--tensor-paralel-size", "2")
+    assert lines[-1] == "error: unknown flag --tensor-paralel-size; did you mean '--tensor-model-parallel-size'?"
+
+
+def test_from_the_shell_several_mistakes_are_a_line_each(run_flags):
+    lines = from_the_shell(*run_flags, "--student", "nowhere", "--eval-split", "unseen", "--dry-run")
+    told = [line for line in lines if line.startswith("error: ")]
+    assert len(told) == 2 and "student = nowhere" in told[0] and "train or held_out" in told[1]
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,10 @@ from megatron_tcod.train import main
 
 
 def refused(argv):
+    """What is at fault, each on a line."""
     with pytest.raises(ValueError) as caught:
         main(argv)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return str(caught.value).splitlines()
 
 
 @pytest.mark.parametrize(
@@ -53,7 +52,7 @@ def test_parallel_settings_that_cannot_work(run_flags, monkeypatch, flags, world
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if world:
         monkeypatch.setenv("WORLD_SIZE", str(world))
-    assert message in refused([*run_flags, *flags, "--dry-run"])
+    assert any(message in fault for fault in refused([*run_flags, *flags, "--dry-run"]))
 
 
 def test_tensor_parallel_ranks_may_share_a_key_value_head(run_flags, household_models, tmp_path, monkeypatch):
@@ -73,7 +72,7 @@ def test_tensor_parallel_ranks_may_share_a_key_value_head(run_flags, household_m
 )
 def test_settings_of_a_local_teacher_with_one_behind_a_server(run_flags, flag):
     flags = ["--teacher", "sglang", "--teacher-url", "http://127.0.0.1:9", *flag]
-    message = refused([*run_flags, *flags, "--dry-run"])
+    (message,) = refused([*run_flags, *flags, "--dry-run"])
     assert flag[0].removeprefix("--").replace("-", "_") in message and "teacher = sglang" in message
 
 
