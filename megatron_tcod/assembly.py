@@ -434,9 +434,14 @@ def embedded_engine(config: Config, student: PretrainedStudent, vocab_size: int)
     )
 
 
+def collective_minutes(config: Config) -> int:
+    """How long a collective waits: a minute more than the watchdog, where there is one, which can say who is at fault."""
+    return config.parallel.distributed_timeout_minutes + (config.parallel.heartbeat_timeout_seconds > 0)
+
+
 def join_world(config: Config) -> ParallelLayout:
     """Collective over all ranks. Ranks that play nothing wait for those that do, and for servers to start."""
-    layout, minutes = layout_of(config.parallel), config.parallel.distributed_timeout_minutes
+    layout, minutes = layout_of(config.parallel), collective_minutes(config)
     if serving.uses_servers(config):
         minutes = max(minutes, 1 + math.ceil(config.sglang.server_start_timeout / 60))
     parallel.initialize(layout, seed=config.training.seed, timeout_minutes=minutes)
@@ -567,7 +572,7 @@ def teacher_of(
             own_layout=teacher_layout_of(config.parallel),
             offload=config.parallel.teacher_offload,
             transformer_impl=config.model.transformer_impl,
-            timeout_minutes=config.parallel.distributed_timeout_minutes,
+            timeout_minutes=collective_minutes(config),
         )
     url, key, server = serving.teacher_address(config)
     if server is not None:

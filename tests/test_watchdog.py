@@ -1,5 +1,6 @@
 """A rank that dies, stops or hangs ends the job within its timeout, and the message names it and where it was."""
 
+import contextlib
 import os
 import re
 import signal
@@ -182,12 +183,12 @@ def test_whereabouts_tell_waiting_from_working():
     assert where.startswith("watchdog.py:") and where.endswith(" ranges") and not is_waiting
 
 
-def torchrun(flags, num_processes):
+def torchrun(flags, num_processes, program=("-m", "megatron_tcod.train")):
     """A training run under torchrun."""
     ours = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     return subprocess.Popen(
-        [*launcher, "-m", "megatron_tcod.train", *flags],
+        [*launcher, *program, *flags],
         env=ours | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -201,34 +202,69 @@ def workers_of(process):
     if process.poll() is not None:
         return found
     for child in psutil.Process(process.pid).children(recursive=True):
-        if "megatron_tcod.train" in " ".join(child.cmdline()) and "RANK" in (variables := child.environ()):
+        if "--heartbeat-timeout-seconds" in child.cmdline() and "RANK" in (variables := child.environ()):
             found[int(variables["RANK"])] = child
     return found
+
+
+def wait_for_steps(process, run, count):
+    """Until a run has done some steps; its ranks."""
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= count):
+        assert process.poll() is None and time.monotonic() < deadline, "the run does not start"
+        time.sleep(0.1)
+    ranks = workers_of(process)
+    assert sorted(ranks) == [0, 1]
+    return ranks
+
+
+def end_of(process, victims, *, timeout):
+    """What a job says from now to its end, and how long that takes; whoever lives on is killed."""
+    start = time.monotonic()
+    try:
+        _, told = process.communicate(timeout=timeout)
+        return told, time.monotonic() - start
+    finally:
+        for one in [*workers_of(process).values(), *victims.values(), process]:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                one.kill()
 
 
 def test_a_stopped_rank_ends_a_real_job_with_its_name(run_flags, tmp_path):
     flags = [*run_flags, "--train-iters", "100000", "--heartbeat-timeout-seconds", "4", "--no-eval-at-end"]
     process = torchrun(flags, 2)
+    victims = {}
     try:
-        metrics = Path(tmp_path / "run" / "metrics.jsonl")
-        deadline = time.monotonic() + 120
-        while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 20):
-            assert process.poll() is None and time.monotonic() < deadline, "the run does not start"
-            time.sleep(0.1)
-        victims = workers_of(process)
-        assert sorted(victims) == [0, 1]
+        victims = wait_for_steps(process, tmp_path / "run", 20)
         victims[1].send_signal(signal.SIGSTOP)
         while victims[1].status() != psutil.STATUS_STOPPED:
-            assert time.monotonic() < deadline, "the rank does not stop"
-        start = time.monotonic()
-        _, told = process.communicate(timeout=90)  # torchrun gives a worker that does not end 30 s before it kills it
-        seconds = time.monotonic() - start
-    finally:
-        for one in [*workers_of(process).values(), process]:
-            one.kill()
+            time.sleep(0.01)
+    finally:  # torchrun gives a worker that does not end 30 s before it kills it
+        told, seconds = end_of(process, victims, timeout=90 if victims else 0)
     assert process.returncode != 0
     print(told)
     assert re.search(rf"error \(rank 0\): rank 1 \(host .+, pid {victims[1].pid}\) is dead or stopped: silent for \d", told)
     assert f"exitcode  : {EXIT_HUNG}" in told
     assert seconds < 4 + 30 + 15, f"the job ended after {seconds:.0f} s"
+    assert not any(victim.is_running() for victim in victims.values())
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_and_still_reports_ends_a_real_job_with_its_name(run_flags, tmp_path):
+    """The shortest patience is a minute; the collective in which the other one waits must not give up before."""
+    switch = tmp_path / "hang"
+    flags = [*run_flags, "--train-iters", "100000", "--heartbeat-timeout-seconds", "6", "--no-eval-at-end"]
+    program = [str(Path(__file__).with_name("hanging_run.py")), "1", str(switch)]
+    process = torchrun([*flags, "--distributed-timeout-minutes", "1"], 2, program)
+    victims = {}
+    try:
+        victims = wait_for_steps(process, tmp_path / "run", 5)
+        switch.touch()
+    finally:
+        told, seconds = end_of(process, victims, timeout=150 if victims else 0)
+    print(told)
+    named = rf"error \(rank 0\): rank 1 \(host .+, pid {victims[1].pid}\) hangs: no rank has moved on for 6\d s"
+    assert re.search(named + r" while the others wait for it: .*1 in rollout of step", told)
+    assert f"exitcode  : {EXIT_HUNG}" in told
+    assert 60 < seconds < 60 + 30 + 15, f"the job ended after {seconds:.0f} s"
     assert not any(victim.is_running() for victim in victims.values())
