@@ -302,10 +302,13 @@ def activation_bytes(
 
 
 def chunk_bytes(shape: ModelShape, tp: int, rows: float, *, has_teacher: bool, kind: str) -> float:
-    """Pairs of fp32 logits of a chunk, and the fp32 hidden gradients of all `rows` of a microbatch."""
+    """Pairs of fp32 logits of a chunk, and the fp32 hidden gradients of all `rows` of a microbatch. With several shards
+    the next chunk is there already while a chunk's sums travel."""
     columns = padded_vocab_size(shape.vocab_size, tp) // tp
     fewest, most = CHUNK_ROWS[kind]
-    chunk = min(max(fewest, CHUNK_BYTES[kind] // (4 * columns)), most, max(rows, 1))
+    largest = min(max(fewest, CHUNK_BYTES[kind] // (4 * columns)), most)
+    count = max(math.ceil(rows / largest), 1)
+    chunk = max(rows / count, 1) * min(count, 1 if tp == 1 else 2)
     return 4 * chunk * columns * (2 if has_teacher else 1) + 4 * rows * shape.hidden_size
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tiny_models import pack_rows, random_rows, tiny_shape
+from torch.profiler import ProfilerActivity, profile
 
 from megatron_tcod.model import build, parallel
 from megatron_tcod.model.parallel import ParallelLayout
 from megatron_tcod.model.schedule import run_schedule
-from megatron_tcod.model.shape import ExpertShape
+from megatron_tcod.model.shape import ExpertShape, padded_vocab_size
 from megatron_tcod.model.student import OptimizerSettings, Student
+from megatron_tcod.ops.divergence import linear_divergence
 
 SHAPES = {
     "plain": tiny_shape(),
@@ -52,8 +55,39 @@ def held_bytes(student: Student) -> dict[str, int]:
     }
 
 
+CHUNKED = tiny_shape(vocab_size=8000)
+CHUNKED_ROWS = {"fewer than a chunk": 60, "three chunks": 700}
+
+
+def divergence_peak(rows: int, tp: int) -> int:
+    """Bytes that torch allocates at most at a time for one microbatch's divergence and its gradients."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (
+        torch.randn(size, CHUNKED.hidden_size, generator=generator, requires_grad=True)
+        for size in (rows, padded_vocab_size(CHUNKED.vocab_size, tp) // tp)
+    )
+    main_grad = torch.zeros_like(head)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        out = linear_divergence(
+            hidden,
+            head,
+            hidden.detach(),
+            head.detach(),
+            kind="reverse_kl",
+            vocab_size=CHUNKED.vocab_size,
+            tp_group=parallel.tp_group() if tp > 1 else None,
+            loss_weight=torch.ones(rows),
+            head_grad=main_grad,
+        )
+        out.total.backward()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]  # what is freed is negative
+    return max(itertools.accumulate(sizes))
+
+
 def report_ranks(directory: str) -> None:
-    """Of each layout of two ranks and each shape: held bytes, and those that all-reduces over tp carry in one pass."""
+    """Of each layout of two ranks and each shape: held bytes, and those that all-reduces over tp carry in one pass; of
+    two shards of a vocabulary the peak of the divergence."""
     found: dict[str, Any] = {}
     for tp, pp, ep in ((2, 1, 1), (1, 2, 1), (1, 1, 2)):
         for name, shape in SHAPES.items():
@@ -69,6 +103,8 @@ def report_ranks(directory: str) -> None:
             student = Student(shape, layout, OptimizerSettings(lr=1e-3), seed=0)
             held = {"held": held_bytes(student), "reduced": reduced_bytes(student), "stage": parallel.pp_rank()}
             found[f"{name} {tp} {pp}" if ep == 1 else f"{name} ep {ep}"] = held
+        if tp > 1:
+            found["peaks"] = {name: divergence_peak(rows, tp) for name, rows in CHUNKED_ROWS.items()}
     (Path(directory) / f"{parallel.rank()}.json").write_text(json.dumps(found))
     parallel.shutdown()
 

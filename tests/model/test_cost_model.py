@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cost_worlds import SHAPES, TOKENS, backward, held_bytes, one_row, report_ranks
+from cost_worlds import CHUNKED, CHUNKED_ROWS, SHAPES, TOKENS, backward, divergence_peak, held_bytes, one_row, report_ranks
 from gloo_world import run_ranks
 from tiny_models import tiny_shape
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -71,6 +71,15 @@ def test_traffic_of_tensor_parallelism_is_what_the_ranks_reduce(ranks, name):
         reduced = rank[f"{name} 2 1"]["reduced"] * 2 * (2 - 1) / 2  # a ring of two sends as much as it reduces
         assert sent <= reduced <= 1.15 * sent
         assert rank[f"{name} 1 2"]["reduced"] == 0
+
+
+@pytest.mark.parametrize("name", CHUNKED_ROWS)
+def test_chunks_of_the_divergence_are_within_a_tenth(ranks, name):
+    """Of what torch allocates at a time, with one shard of the vocabulary and with two, the fuller of which is planned."""
+    rows = CHUNKED_ROWS[name]
+    for tp, measured in ((1, divergence_peak(rows, 1)), (2, max(rank["peaks"][name] for rank in ranks))):
+        planned = cost_model.chunk_bytes(CHUNKED, tp, rows, has_teacher=True, kind="cpu")
+        assert 0.9 * measured < planned <= measured, tp
 
 
 @pytest.fixture
