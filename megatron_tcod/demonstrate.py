@@ -55,9 +55,12 @@ ENVIRONMENTS_AT_ONCE = 8
 
 
 def teacher_as_player(config: Config) -> Config:
-    """The same run with the teacher in the student's seat, and nobody to score it."""
+    """The same run with the teacher in the student's seat and layout, and nobody to score it."""
+    scorer = [name for name in vars(config.parallel) if name.startswith("teacher_")]
+    defaults = type(config.parallel)()
     return dataclasses.replace(
         config,
+        parallel=dataclasses.replace(config.parallel, **{name: getattr(defaults, name) for name in scorer}),
         model=dataclasses.replace(config.model, student=config.model.teacher, init="load"),
         objective=dataclasses.replace(config.objective, objective="sft"),
         rollout=dataclasses.replace(config.rollout, max_staleness=0),

@@ -98,7 +98,9 @@ def examine(config: Config, *, world_size: int | None) -> Findings:
     found.lines += found.add(serving.check_servers, config, dp_size=dp) or []
     if serving.is_teacher_served(config):
         examine_served_teacher(found, config, tokenizer)
-    elif config.objective.objective != "sft":
+    elif config.objective.objective == "sft":
+        found.add(check_no_local_teacher, config, "objective = sft has none; leave it unset")
+    else:
         if teacher_layout is not None and world_size is not None:
             found.add(check_teacher_world_size, teacher_layout, world_size)
         whole_stages = dataclasses.replace(layout, virtual_pipeline_model_parallel_size=None)
@@ -106,10 +108,9 @@ def examine(config: Config, *, world_size: int | None) -> Findings:
     examine_tasks(found, config)
     cp = f"cp {layout.context_parallel_size}, " if layout.context_parallel_size > 1 else ""
     found.lines.append(f"layout: {spread(layout)}, {cp}dp {'as launched' if dp is None else dp}{experts_over(layout)}")
-    has_teacher = config.objective.objective != "sft"
-    if has_teacher and teacher_layout is not None:
+    if teacher_layout is not None:
         found.lines.append(f"teacher's layout: {spread(teacher_layout)}{experts_over(teacher_layout)}")
-    if has_teacher and config.parallel.teacher_offload:
+    if config.parallel.teacher_offload:
         cost = "" if torch.cuda.is_available() else "; without CUDA they are there anyway and nothing is copied"
         found.lines.append(f"teacher's weights: in host memory but while it scores{cost}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -268,15 +269,18 @@ def check_teacher_experts(config: Config, teacher: ModelShape) -> None:
         )
 
 
-def check_served_teacher(config: Config) -> None:
-    """A server knows nothing of these settings, and scores whole rows."""
+def check_no_local_teacher(config: Config, why: str) -> None:
+    """ValueError for settings of a teacher in these processes, where there is none."""
     kinds = ("tensor", "pipeline", "expert")
     for name in (*(f"teacher_{kind}_model_parallel_size" for kind in kinds), "teacher_offload"):
         if getattr(config.parallel, name):
-            raise ValueError(
-                f"{name} = {getattr(config.parallel, name)} is about a teacher in these processes, but teacher = "
-                f"{SGLANG}; leave it unset and pass the server's own flags"
-            )
+            told = f"{name} = {getattr(config.parallel, name)} is about a teacher in these processes"
+            raise ValueError(f"{told}, but {why}")
+
+
+def check_served_teacher(config: Config) -> None:
+    """A server knows nothing of a teacher's layout, and scores whole rows."""
+    check_no_local_teacher(config, f"teacher = {SGLANG}; leave it unset and pass the server's own flags")
     if config.parallel.context_parallel_size > 1:
         raise ValueError(
             f"context_parallel_size = {config.parallel.context_parallel_size} is not supported with teacher = {SGLANG}; "

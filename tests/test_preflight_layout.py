@@ -76,6 +76,12 @@ def test_settings_of_a_local_teacher_with_one_behind_a_server(run_flags, flag):
     assert flag[0].removeprefix("--").replace("-", "_") in message and "teacher = sglang" in message
 
 
+@pytest.mark.parametrize("flag", [["--teacher-offload"], ["--teacher-tensor-model-parallel-size", "2"]])
+def test_settings_of_a_teacher_for_a_run_without_one(run_flags, flag):
+    (message,) = refused([*run_flags, "--objective", "sft", "--demonstrations", "expert", *flag, "--dry-run"])
+    assert flag[0].removeprefix("--").replace("-", "_") in message and "objective = sft has none" in message
+
+
 def test_layouts_of_student_and_teacher_are_described(run_flags, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "6")
     flags = ["--context-parallel-size", "2", "--teacher-pipeline-model-parallel-size", "3", "--bf16", "--teacher-offload"]

@@ -4,6 +4,7 @@ The processes play every case at tp 4 and, as two groups, at tp 2, and leave wha
 """
 
 import contextlib
+import functools
 import json
 import math
 import socket
@@ -245,6 +246,7 @@ def played(tmp_path_factory) -> dict[int, tuple[list[dict[str, torch.Tensor]], l
     }
 
 
+@functools.cache
 def _truth(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
     """What autograd makes of whole logits in `dtype`."""
     operands = {name: x.to(dtype) if x.is_floating_point() else x for name, x in case.operands().items()}
