@@ -272,7 +272,7 @@ class EnvironmentConfig:
     env_options: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """The environment's own options, the same for both splits."""
     max_open_environments: int | None = Field(default=None, ge=1)
-    """Environments that a rank holds open at a time; by default those of all its episodes."""
+    """Environments that a rank holds open at a time; by default those of all its episodes, and of processes 128."""
     max_observation_bytes: int = Field(default=1 << 18, ge=1)
     """A longer observation ends its episode as `env_oversized`."""
     stuck_after: int = Field(default=10, ge=0)

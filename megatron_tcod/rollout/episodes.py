@@ -44,6 +44,9 @@ from megatron_tcod.rollout.transcript import HISTORY_MODES, Transcript
 from megatron_tcod.trajectory import Demonstration, DemonstrationTurn, Episode, Task, Turn, TurnWindow
 
 ACTION_FORMATS = ("plain", "tags")
+OPEN_PROCESSES = 128
+"""Environments in processes of their own that are open at a time where nothing else is asked for: an evaluation over all
+tasks of a split is no reason to start thousands."""
 SHORTEST_PREWARM = 32
 """A prefix of first prompts is warmed where that saves at least so many tokens."""
 
@@ -118,12 +121,12 @@ async def collect_episodes(
 
     All environments are opened and replayed first, then what first prompts share is computed once, then all students
     play; with `prefix_budget`, the tokens that the engine's cache can hold, in groups that fit it (`prefix.py`). At most
-    `max_open` environments are open at a time (default: all). Environments with a true attribute `blocking` run in
-    threads of their own.
+    `max_open` environments are open at a time (default: all; of processes `OPEN_PROCESSES`). Environments with a true
+    attribute `blocking` run in threads of their own.
     """
     episodes: list[Episode] = []
-    at_once = max_open or max(len(assignments), 1)
     is_blocking = bool(getattr(family, "blocking", False))
+    at_once = max_open or max(min(len(assignments), OPEN_PROCESSES if is_blocking else len(assignments)), 1)
     with ThreadPoolExecutor(at_once) if is_blocking else nullcontext() as threads:
         table = _Table(family, env_options or {}, engine, tokenizer, settings, step, threads)
         for start in range(0, len(assignments), at_once):

@@ -8,6 +8,7 @@ import pytest
 from fakes import DiceEngine, SayingEngine, Script, demonstration_of, scripted_family
 from tokenizer_fixtures import small_tokenizer
 
+import megatron_tcod.rollout.episodes as rollout_episodes
 from megatron_tcod.rollout.episodes import (
     Assignment,
     PlaySettings,
@@ -283,9 +284,12 @@ def test_blocking_environments_run_beside_each_other(tokenizer):
     assert [e.outcome for e in episodes] == ["ok"] * 4
 
 
-def test_at_most_max_open_environments_are_open(tokenizer):
+@pytest.mark.parametrize(("blocking", "max_open", "most"), [(False, 3, 3), (True, 3, 3), (True, None, 5), (False, None, 7)])
+def test_at_most_max_open_environments_are_open(tokenizer, monkeypatch, blocking, max_open, most):
+    """By default all of them, of processes a fixed number."""
     family = scripted_family({str(i): Script(observations=OBSERVATIONS) for i in range(7)})
     open_at_once = []
+    monkeypatch.setattr(rollout_episodes, "OPEN_PROCESSES", 5)
 
     class Counted(family):
         @classmethod
@@ -294,12 +298,15 @@ def test_at_most_max_open_environments_are_open(tokenizer):
             open_at_once.append(sum(not e.num_closed for e in cls.made))
             return environment
 
+    Counted.blocking = blocking
     assignments = [Assignment(task=task, window=TurnWindow(0, 2)) for task in Counted.tasks("train")]
     engine = SayingEngine(tokenizer, ["look"])
     episodes = asyncio.run(
-        collect_episodes(Counted, assignments, engine=engine, tokenizer=tokenizer, settings=settings(), step=0, max_open=3)
+        collect_episodes(
+            Counted, assignments, engine=engine, tokenizer=tokenizer, settings=settings(), step=0, max_open=max_open
+        )
     )
-    assert max(open_at_once) == 3 and [e.task.task_id for e in episodes] == [str(i) for i in range(7)]
+    assert max(open_at_once) == most and [e.task.task_id for e in episodes] == [str(i) for i in range(7)]
 
 
 def test_a_bug_in_an_environment_propagates_and_closes_all(tokenizer):
