@@ -63,7 +63,7 @@ class ShopOptions:
     """Instructions that people wrote; False: those made from attributes."""
     observation_mode: str = "text_rich"
     """`text_rich` marks what can be clicked; `text` joins all texts with separators."""
-    memory_gb: float = 0.0
+    memory_gb: float = 64.0
     """Address space of a launched server, its Java virtual machine included; 0 for no limit."""
     start_deadline_s: float = 1800.0
     """Loading the whole catalogue takes minutes."""

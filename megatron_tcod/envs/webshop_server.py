@@ -59,10 +59,7 @@ def main():
     announcements = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what WebShop prints while it loads is no announcement
     if options.memory_gb:
-        import resource
-
-        limit = int(options.memory_gb * (1 << 30))
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        limit_memory(options.memory_gb)
     if options.exit_with_stdin:
         threading.Thread(target=end_with_stdin, daemon=True).start()
     shop = Shop(options)
@@ -71,6 +68,16 @@ def main():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(json.dumps({"port": server.server_address[1], **shop.metadata()}), file=announcements, flush=True)
     worker.run()
+
+
+def limit_memory(gigabytes):
+    """Of the address space. The Java machine reserves its heap, by default a quarter of the host's memory: here of ours."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * (1 << 30)),) * 2)
+    given = os.environ.get("JAVA_TOOL_OPTIONS", "")
+    if "-Xmx" not in given:
+        os.environ["JAVA_TOOL_OPTIONS"] = f"{given} -Xmx{max(int(gigabytes * 1024 / 4), 64)}m".strip()
 
 
 def parse_options():

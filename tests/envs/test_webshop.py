@@ -145,6 +145,16 @@ def test_server_that_hangs_or_dies_is_replaced_and_serves_the_same_goals(own_sho
     assert shop.pid != pid and shop.num_launches == 2
 
 
+def test_a_launched_server_has_a_memory_cap_and_one_that_needs_more_is_named(small_shop, own_shop):
+    options, shop = own_shop
+    shop.link()
+    assert psutil.Process(shop.pid).rlimit(psutil.RLIMIT_AS) == (int(options["memory_gb"] * 2**30),) * 2
+    assert ShopOptions().memory_gb > 0
+    starved = LaunchedShop(ShopOptions(**{**small_shop, "memory_gb": 0.03}))
+    with pytest.raises(ValueError, match="server ended; its last words: (?s:.*)(emory|new thread).*--memory-gb 0.03"):
+        starved.link()
+
+
 def test_sixteen_buyers_at_once_survive_kills_of_the_server(own_shop, goals):
     options, shop = own_shop
     outcomes = []
