@@ -3,7 +3,9 @@ tools, and a server of the household."""
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,13 +18,17 @@ TOOL = Path(__file__).parents[2] / "tools" / "make_alfworld_games.py"
 
 @pytest.fixture(scope="session")
 def alfworld_games(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with 12 training games and one unseen game; skips where ALFWorld is not installed."""
+    """A root with 12 training games and one unseen game, made once for all workers; skips where ALFWorld is not installed."""
     for package in ("alfworld", "textworld", "fast_downward"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: pip install 'megatron_tcod[alfworld]'")
-    root = tmp_path_factory.mktemp("alfworld") / "games"
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "alfworld-games"
     counts = ["--train", "12", "--valid-seen", "0", "--valid-unseen", "1"]
-    subprocess.run([sys.executable, str(TOOL), "--out", str(root), *counts], check=True, timeout=500)
+    with open(root.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not root.exists():
+            subprocess.run([sys.executable, str(TOOL), "--out", str(root), *counts], check=True, timeout=500)
     return root
 
 

@@ -55,6 +55,6 @@ def worker(root, dtype):
     parallel.shutdown()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_the_distributed_optimizer_saves_what_the_plain_one_does_and_resumes_as_either(tmp_path, dtype):
     run_ranks(4, worker, tmp_path, dtype)

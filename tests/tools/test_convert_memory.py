@@ -98,6 +98,7 @@ def round_trip_peaks(root: Path, shape: ModelShape, *, part_bytes: int) -> tuple
     return num_parts, there, back
 
 
+@pytest.mark.slow
 def test_a_conversion_holds_less_than_two_parts_beyond_what_its_imports_take(tmp_path):
     for name in ("tiny", "small"):
         (tmp_path / name).mkdir()
