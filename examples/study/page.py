@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megatron_tcod.config import CurriculumConfig, run_entry_point, toml_value  # noqa: E402
+from megatron_tcod.config import CurriculumConfig, EnvironmentConfig, EvaluationConfig, run_entry_point, toml_value  # noqa: E402
 from study.analysis import (  # noqa: E402
     PAIRS,
     Comparison,
@@ -125,7 +125,7 @@ def setting_text(results: Results) -> str:
         )
         if teacher:
             facts.append(
-                f"the teacher solves {percent(teacher['success'])} of {len(teacher['solved'])} held-out tasks in "
+                f"the teacher solves {percent(teacher['success'])} of {len(teacher['solved'])} {tasks_text(settings)} in "
                 f"{teacher['turns']:.1f} turns on average; {world.get('num_demonstrations', 0)} demonstrations"
             )
         starts = {
@@ -137,6 +137,13 @@ def setting_text(results: Results) -> str:
         ]
         lines.append("\n".join(f"* {fact}" for fact in facts))
     return "\n\n".join(lines)
+
+
+def tasks_text(settings: dict[str, Any]) -> str:
+    """What success is measured on."""
+    split = settings.get("evaluation", {}).get("eval_split", EvaluationConfig().eval_split)
+    trained = settings.get("environment", {}).get("train_split", EnvironmentConfig().train_split)
+    return "tasks of the split that is trained on" if split == trained else f"held-out tasks (split `{split}`)"
 
 
 def steps_text(results: Results, world: str) -> str:
