@@ -38,12 +38,13 @@ def write_page(results_path: str | Path, page_path: str | Path) -> None:
     results = Results(read_results(results_path))
     rows = comparisons(results)
     folder = page_path.with_suffix("")
+    made = figures(results, rows)
+    kept = Path(results_path).read_bytes()  # they may lie in the folder that is replaced
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    made = figures(results, rows)
     for name, svg in made.items():
         (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
-    shutil.copyfile(results_path, folder / "results.jsonl")
+    (folder / "results.jsonl").write_bytes(kept)
     page_path.write_text(page_text(results, rows, list(made), folder.name), encoding="utf-8")
 
 
@@ -59,7 +60,7 @@ def page_text(results: Results, rows: Sequence[Comparison], names: Sequence[str]
         + (" **It is not finished.**" if finished < study["num_cells"] else ""),
         *section("What was found", findings_text(results, rows)),
         *section("What was run", setting_text(results)),
-        *section("Held-out success after the last step", success_text(results)),
+        *section("Success after the last step", success_text(results)),
         *pictures(names, folder, "success-by-step"),
         *section("Comparisons", comparison_text(results, rows)),
         *pictures(names, folder, "differences"),

@@ -119,6 +119,8 @@ def test_the_page_follows_from_the_file_alone(results_path, tmp_path):
     first = (tmp_path / "a" / "study.md").read_text()
     write_page(tmp_path / "a" / "study" / "results.jsonl", tmp_path / "b" / "study.md")
     assert (tmp_path / "b" / "study.md").read_text() == first
+    main([str(tmp_path / "a" / "study" / "results.jsonl"), "--output", str(tmp_path / "a" / "study.md")])  # as the page says
+    assert (tmp_path / "a" / "study.md").read_text() == first
     assert "12 of 12 runs" in first and "not finished" not in first
     for name in ("differences.svg", "kl-household-small.svg", "results.jsonl"):
         assert f"](study/{name})" in first
