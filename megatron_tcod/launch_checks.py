@@ -56,10 +56,9 @@ def check_node(config: Config, node: Node) -> Findings:
     for check in (check_size, check_devices, check_network, check_master):
         found.lines += found.add(check, node) or []
     found.lines += found.add(check_room, config, node) or []
-    settings = found.add(examine_training, config, world_size=node.num_nodes * node.ranks_per_node)
-    if settings is not None:  # a layout that contradicts itself leaves nothing to examine
-        found.lines += settings.lines
-        found.faults += [fault for fault in settings.faults if fault not in found.faults]
+    settings = examine_training(config, world_size=node.num_nodes * node.ranks_per_node)
+    found.lines += settings.lines
+    found.faults += [fault for fault in settings.faults if fault not in found.faults]
     return found
 
 

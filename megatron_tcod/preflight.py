@@ -91,8 +91,9 @@ def examine_training(config: Config, *, world_size: int | None) -> Findings:
 def examine(config: Config, *, world_size: int | None) -> Findings:
     """Everything that `preflight` checks, with all faults."""
     found = Findings()
-    layout, teacher_layout = layout_of(config.parallel), teacher_layout_of(config.parallel)
-    dp = found.add(check_world_size, layout, world_size) if world_size is not None else None
+    own, teacher_layout = found.add(layout_of, config.parallel), found.add(teacher_layout_of, config.parallel)
+    layout = own or ParallelLayout()  # models are read against some layout, where this one contradicts itself
+    dp = found.add(check_world_size, own, world_size) if own and world_size is not None else None
     found.add(accelerators.choose, config.model.transformer_impl, accelerators.find())
     tokenizer = examine_student(found, config, layout)
     found.lines += found.add(serving.check_servers, config, dp_size=dp) or []
@@ -122,6 +123,7 @@ def examine(config: Config, *, world_size: int | None) -> Findings:
 
 def examine_student(found: Findings, config: Config, layout: ParallelLayout) -> TurnTokenizer | None:
     """The student's directory against the layout; its tokenizer."""
+    recompute = found.add(recompute_of, config.parallel)
     model = found.add(read_model, "student", config.model.student)
     if model is None:
         return None
@@ -131,7 +133,8 @@ def examine_student(found: Findings, config: Config, layout: ParallelLayout) -> 
         found.add(check_weights, config.model.student, family, shape)
     found.add(check_layout, shape, layout, whose="the student's")
     found.add(check_trainable, shape, layout)
-    found.add(check_recompute, shape, layout, recompute_of(config.parallel))
+    if recompute is not None:
+        found.add(check_recompute, shape, layout, recompute)
     found.add(check_context, "student", config, shape)
     tokenizer = found.add(tokenizer_of, config, config.model.student)
     if tokenizer is not None:

@@ -53,9 +53,11 @@ def test_every_fault_of_a_node_and_of_the_settings_is_found_at_once(run_flags):
     assert [re.match(r"[\w.]+", fault)[0] for fault in faults] == named
 
 
-def test_a_layout_that_contradicts_itself_hides_no_fault_of_the_node(run_flags):
-    faults = check_node(load_config([*run_flags, "--sequence-parallel"]), node(node_rank=3)).faults
-    assert len(faults) == 2 and faults[0].startswith("NODE_RANK") and faults[1].startswith("sequence_parallel")
+def test_a_layout_that_contradicts_itself_hides_no_other_fault(run_flags):
+    wrong = ["--sequence-parallel", "--recompute-method", "block", "--student", "nowhere"]
+    faults = check_node(load_config([*run_flags, *wrong]), node(node_rank=3)).faults
+    named = ["NODE_RANK", "student", "sequence_parallel", "recompute_method"]
+    assert [re.match(r"\w+", fault)[0] for fault in faults] == named
 
 
 def test_a_taken_port(run_flags):
