@@ -38,6 +38,8 @@ CHUNK_ROWS = {"cpu": (256, 1 << 30), "cuda": (256, 4096)}
 """Fewest and most rows of a chunk. Fewer would spend more time on adding up the head gradient, which every chunk touches
 whole, than on products; more would leave nothing to do while sums travel."""
 
+TERMS = 2048
+"""Of a sum in fp32 on a CPU, added up in one go."""
 
 Begun = TypeVar("Begun")
 
@@ -375,7 +377,7 @@ class ChunkLoop:
         self, rows: slice, grad_logits: torch.Tensor, grad_hidden: torch.Tensor, grad_head: torch.Tensor | None
     ) -> None:
         """Logits' gradient [C, columns] -> rows of the hidden states' gradient, and a share of the head's."""
-        grad_hidden[rows] = _matmul(grad_logits, self.student.head, self.dtype)
+        _long_matmul(grad_logits, self.student.head, out=grad_hidden[rows])
         if grad_head is not None:
             hidden = self.student.rows(rows)
             if self.head_scale is not None:
@@ -501,6 +503,19 @@ def _matmul(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torc
     if _has_wide_product(left, dtype):
         return torch.mm(left, right, out_dtype=dtype)
     return torch.mm(left, right)
+
+
+def _long_matmul(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> None:
+    """out = left @ right over as many terms as a vocabulary shard has. Some CPU libraries add them up one after the other in
+    fp32, whose error grows with their number: blocks of terms keep it small. GPU libraries split such sums themselves."""
+    num_terms = left.shape[1] if left.device.type == "cpu" else 0
+    if num_terms <= TERMS:
+        out.copy_(_matmul(left, right, out.dtype))
+        return
+    out.zero_()
+    for start in range(0, num_terms, TERMS):
+        block = slice(start, start + TERMS)
+        out += _matmul(left[:, block], right[block], out.dtype)  # not added up inside the product, which is what errs
 
 
 def _add_matmul(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
