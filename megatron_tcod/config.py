@@ -31,6 +31,19 @@ from pydantic.dataclasses import dataclass as validated
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+class Faults(ValueError):
+    """Several mistakes of the user, one message each."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = list(faults)
+
+    @staticmethod
+    def of(error: Exception) -> list[str]:
+        """The messages of any error."""
+        return error.faults if isinstance(error, Faults) else [str(error)]
+
+
 class ConfigError(ValueError):
     """A setting that the user can fix. The message is complete; no traceback helps."""
 
@@ -641,7 +654,7 @@ def run_entry_point(main: Callable[[list[str]], int | None]) -> None:
         have_met = torch is not None and torch.distributed.is_initialized()
         if rank == "0" or have_met:
             said = "error: " if rank == "0" else f"error (rank {rank}): "
-            print("\n".join(said + line for line in str(error).splitlines() or [""]), file=sys.stderr)
+            print("\n".join(said + fault for fault in Faults.of(error)), file=sys.stderr)
         logging.getLogger("megatron_tcod").debug("traceback of the error above", exc_info=True)
         raise SystemExit(2) from None
     except RuntimeError as error:

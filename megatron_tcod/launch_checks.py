@@ -56,10 +56,7 @@ def check_node(config: Config, node: Node) -> Findings:
     for check in (check_size, check_devices, check_network, check_master):
         found.lines += found.add(check, node) or []
     found.lines += found.add(check_room, config, node) or []
-    settings = examine_training(config, world_size=node.num_nodes * node.ranks_per_node)
-    found.lines += settings.lines
-    found.faults += [fault for fault in settings.faults if fault not in found.faults]
-    return found
+    return examine_training(found, config, world_size=node.num_nodes * node.ranks_per_node)
 
 
 def check_size(node: Node) -> list[str]:

@@ -1,7 +1,7 @@
 """Checks everything about a run that can be checked before any process group, model or server starts.
 
-    lines = preflight(config, world_size=2)         # ValueError: a line per fault: the field, what was expected, the fix
-    found = examine(config, world_size=2)           # found.lines and found.faults instead
+    lines = preflight(config, world_size=2)         # Faults, a message each: the field, what was expected, the fix
+    found = examine(Findings(), config, world_size=2)           # found.lines and found.faults instead
 
 Launch scripts call it through `python -m megatron_tcod.train --dry-run`, so that a mistake costs seconds and one message
 instead of a traceback per rank. It reads configurations, tokenizers and demonstrations, and no weights.
@@ -32,7 +32,7 @@ from megatron_tcod.assembly import (
     tokenizer_of,
     train_tasks,
 )
-from megatron_tcod.config import SGLANG, Config
+from megatron_tcod.config import SGLANG, Config, Faults
 from megatron_tcod.envs import check_env_options, load_env
 from megatron_tcod.envs.base import EnvironmentFamily
 from megatron_tcod.envs.demonstrations import Demonstration
@@ -58,39 +58,38 @@ class Findings:
     lines: list[str] = field(default_factory=list)
     """What is as it should be."""
     faults: list[str] = field(default_factory=list)
-    """One line each: the field, what was expected, the fix."""
+    """One message each: the field, what was expected, the fix."""
 
     def add(self, check: Callable[..., Found], *args: Any, **options: Any) -> Found | None:
         """What the check returns; None where it finds a fault."""
         try:
             return check(*args, **options)
         except (ValueError, OSError) as error:
-            self.faults += [line for line in str(error).splitlines() if line not in self.faults]
+            self.faults += [fault for fault in Faults.of(error) if fault not in self.faults]
         return None
 
     def require(self) -> list[str]:
-        """The lines; ValueError with a line for each fault."""
+        """The lines; `Faults` where there are any."""
         if self.faults:
-            raise ValueError("\n".join(self.faults))
+            raise Faults(self.faults)
         return self.lines
 
 
 def preflight(config: Config, *, world_size: int | None) -> list[str]:
     """What the run consists of, a line each. `world_size` None skips the checks that need it."""
-    return examine(config, world_size=world_size).require()
+    return examine(Findings(), config, world_size=world_size).require()
 
 
-def examine_training(config: Config, *, world_size: int | None) -> Findings:
+def examine_training(found: Findings, config: Config, *, world_size: int | None) -> Findings:
     """`examine`, and what only training asks for."""
-    found = examine(config, world_size=world_size)
+    examine(found, config, world_size=world_size)
     found.add(check_training, config)
     found.add(check_run_directory, config)
     return found
 
 
-def examine(config: Config, *, world_size: int | None) -> Findings:
-    """Everything that `preflight` checks, with all faults."""
-    found = Findings()
+def examine(found: Findings, config: Config, *, world_size: int | None) -> Findings:
+    """Add everything that `preflight` checks, with all faults."""
     own, teacher_layout = found.add(layout_of, config.parallel), found.add(teacher_layout_of, config.parallel)
     layout = own or ParallelLayout()  # models are read against some layout, where this one contradicts itself
     dp = found.add(check_world_size, own, world_size) if own and world_size is not None else None

@@ -42,7 +42,7 @@ from megatron_tcod.metrics import (
 from megatron_tcod.model import parallel
 from megatron_tcod.model.segments import cost_of_pair
 from megatron_tcod.model.weight_files import SINGLE_FILE
-from megatron_tcod.preflight import examine_training
+from megatron_tcod.preflight import Findings, examine_training
 from megatron_tcod.run_lock import RunLock
 from megatron_tcod.stop_signals import EXIT_CODES, Stopped, StopSignals
 from megatron_tcod.tcod import sft_step, tcod_step
@@ -364,7 +364,7 @@ def main(argv: list[str]) -> int:
         return 0
     log_to_console()
     is_unlaunched = dry_run and "WORLD_SIZE" not in os.environ
-    checked = examine_training(config, world_size=None if is_unlaunched else world_size()).require()
+    checked = examine_training(Findings(), config, world_size=None if is_unlaunched else world_size()).require()
     if dry_run:
         print("\n".join(checked))
         return 0

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from megatron_tcod.config import Faults
 from megatron_tcod.demonstrate import main as demonstrate
 from megatron_tcod.evaluate import main as evaluate
 from megatron_tcod.train import main
@@ -85,7 +86,7 @@ def test_run_directory_of_another_model(single_process, run_flags, household_mod
 def test_context_that_the_model_cannot_hold(run_flags):
     with pytest.raises(ValueError) as caught:
         main([*run_flags, "--rollout-max-context-len", "4096", "--dry-run"])
-    for fault, role in zip(str(caught.value).splitlines(), ("student", "teacher"), strict=True):
+    for fault, role in zip(Faults.of(caught.value), ("student", "teacher"), strict=True):
         assert f"rollout_max_context_len = 4096 exceeds the {role}'s max_position_embeddings = 2048" in fault
 
 

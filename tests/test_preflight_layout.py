@@ -6,21 +6,28 @@ import shutil
 import pytest
 import safetensors.torch
 
+from megatron_tcod.config import Faults
 from megatron_tcod.train import main
 
 
 def refused(argv):
-    """What is at fault, each on a line."""
+    """What is at fault, one line each."""
     with pytest.raises(ValueError) as caught:
         main(argv)
-    return str(caught.value).splitlines()
+    faults = Faults.of(caught.value)
+    assert not any("\n" in fault for fault in faults)
+    return faults
 
 
 @pytest.mark.parametrize(
     ("flags", "world", "message"),
     [
         (["--sequence-parallel"], None, "sequence_parallel cuts tokens over the tensor-parallel ranks"),
-        (["--context-parallel-size", "3"], None, "context_parallel_size 3 shares out the student's 2 query and"),
+        (
+            ["--context-parallel-size", "3"],
+            None,
+            "context_parallel_size 3 shares out the student's 2 query and|context_parallel_size 3 shares out the teacher's 4",
+        ),
         (["--recompute-granularity", "full"], None, "recompute_granularity full needs recompute_method"),
         (
             ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "3"],
@@ -38,12 +45,17 @@ def refused(argv):
         ),
         (["--expert-model-parallel-size", "0"], None, "--expert-model-parallel-size: Input should be greater than or equal"),
         (["--expert-model-parallel-size", "2"], 2, "expert_model_parallel_size 2 shares out experts and the trained model"),
-        (["--expert-model-parallel-size", "3"], 4, "expert_model_parallel_size 3 does not divide the 4 ranks of the world"),
+        (
+            ["--expert-model-parallel-size", "3"],
+            4,
+            "expert_model_parallel_size 3 does not divide the 4 ranks|size 3 shares out experts and the trained model has none",
+        ),
         (["--teacher-expert-model-parallel-size", "2"], 2, "shares out experts and the teacher has none; set it to 1"),
         (
             ["--teacher-expert-model-parallel-size", "2"],
             3,
-            "teacher_expert_model_parallel_size 2 (the student's where unset) does not divide the 3 replicas of the teacher",
+            "teacher_expert_model_parallel_size 2 (the student's where unset) does not divide the 3 replicas of the teacher|"
+            "shares out experts and the teacher has none",
         ),
         (["--context-parallel-size", "2"], 3, r"world size 3 != tp 1 * pp 1 * cp 2 * dp"),
     ],
@@ -52,7 +64,8 @@ def test_parallel_settings_that_cannot_work(run_flags, monkeypatch, flags, world
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if world:
         monkeypatch.setenv("WORLD_SIZE", str(world))
-    assert any(message in fault for fault in refused([*run_flags, *flags, "--dry-run"]))
+    for part, fault in zip(message.split("|"), refused([*run_flags, *flags, "--dry-run"]), strict=True):
+        assert part in fault
 
 
 def test_tensor_parallel_ranks_may_share_a_key_value_head(run_flags, household_models, tmp_path, monkeypatch):
