@@ -556,7 +556,8 @@ def parse_flags(tables: dict[str, Any], source: str, argv: list[str], prog: str)
         except pydantic.ValidationError as error:
             raise ConfigError(f"{source}: [{name}] {describe(error)}") from None
     from_file = {(part, key): tables.get(part, {}).get(key, {}) for part, key in FILE_ONLY}
-    for part, key in FILE_ONLY:  # their entries are no flags of ours
+    options_of_file = tables.get("environment", {}).get("env_options", {})
+    for part, key in (*FILE_ONLY, ("environment", "env_options")):  # their entries are no flags of ours
         parts[part] = dataclasses.replace(parts[part], **{key: {}})
     unchecked = dataclasses.make_dataclass(
         "Flags", [(name, PARTS[name], dataclasses.field(default=part)) for name, part in parts.items()], kw_only=True
@@ -575,11 +576,8 @@ def parse_flags(tables: dict[str, Any], source: str, argv: list[str], prog: str)
     chosen = {name: dataclasses.asdict(getattr(flags, name)) for name in PARTS}
     for (part, key), table in from_file.items():
         chosen[part][key] = table
-    options_of_file = tables.get("environment", {}).get("env_options", {})
-    options = chosen["environment"]["env_options"]
-    chosen["environment"]["env_options"] = {
-        name: value if options_of_file.get(name) == value else scalar(value) for name, value in options.items()
-    }
+    options = {name: scalar(value) for name, value in chosen["environment"]["env_options"].items()}
+    chosen["environment"]["env_options"] = options_of_file | options
     return build({**chosen, "fidelity": tables["fidelity"]}, "settings")
 
 

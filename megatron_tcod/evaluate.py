@@ -34,7 +34,7 @@ from megatron_tcod.evaluation import (
 )
 from megatron_tcod.metrics import TurnScores, scores_by_turn
 from megatron_tcod.model import parallel
-from megatron_tcod.preflight import preflight
+from megatron_tcod.preflight import check_writable, preflight
 from megatron_tcod.serving import is_teacher_served
 from megatron_tcod.tcod import measure
 from megatron_tcod.trajectory import Episode, decode, encode
@@ -169,10 +169,9 @@ def step_of(directory: str) -> int:
 
 def check_output(path: str) -> None:
     """ValueError before anything is played where the record could not be written."""
-    folder = Path(path).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    if Path(path).is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--output {path} cannot be written; give a file in a directory that is yours")
+    check_writable("--output", str(Path(path).parent))
+    if Path(path).is_dir():
+        raise ValueError(f"--output {path} is a directory; give a file")
 
 
 def compare(paths: Sequence[str], say: Callable[[str], None]) -> int:

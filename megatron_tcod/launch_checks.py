@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 import shutil
 import socket
@@ -207,7 +208,10 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(own)
     if not 1 <= options.master_port <= 65535:
         raise ValueError(f"MASTER_PORT = {options.master_port}: expected a port from 1 to 65535, the same on all nodes")
+    if not 0 <= options.resolve_seconds < math.inf:
+        raise ValueError(f"--resolve-seconds {options.resolve_seconds}: expected a number of seconds, 0 or more")
     config = load_config(argv[len(own) + 1 :], prog="megatron_tcod.train")
     found = check_node(config, Node(**vars(options)))
-    print("\n".join([*found.lines, *(f"error: {fault}" for fault in found.faults)]))
+    told = "\n".join([*found.lines, *(f"error: {fault}" for fault in found.faults)])
+    print(told.encode(errors="backslashreplace").decode())  # a path need not be UTF-8
     return 2 if found.faults else 0

@@ -13,7 +13,7 @@ import dataclasses
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +47,7 @@ from megatron_tcod.model.shape import ModelShape
 from megatron_tcod.model.sharded_files import open_weights
 from megatron_tcod.ops import backends
 from megatron_tcod.rollout.chat import TurnTokenizer, check_same_tokenizer
+from megatron_tcod.trajectory import Task
 
 Found = TypeVar("Found")
 
@@ -143,11 +144,12 @@ def examine_student(found: Findings, config: Config, layout: ParallelLayout) -> 
 
 def examine_served_teacher(found: Findings, config: Config, tokenizer: TurnTokenizer | None) -> None:
     found.add(check_served_teacher, config)
-    if tokenizer is None:
+    directory = config.sglang.teacher_model
+    if tokenizer is None or (directory and not (Path(directory) / "config.json").is_file()):  # as serving's check says
         return
     found.add(serving.check_teacher_model, config, tokenizer)
-    if config.sglang.teacher_model:
-        own = found.add(tokenizer_of, config, config.sglang.teacher_model)
+    if directory:
+        own = found.add(tokenizer_of, config, directory)
         if own is not None:
             found.add(check_same_tokenizer, tokenizer, own)
 
@@ -174,16 +176,20 @@ def examine_teacher(
 
 
 def examine_tasks(found: Findings, config: Config) -> None:
-    """Environment, demonstrations, tasks and the curriculum over them; each needs the ones before."""
-    demonstrations = found.add(read_demonstrations_of, config)
+    """Environment, demonstrations, tasks and the curriculum over them."""
     environment = found.add(load_usable_env, config)
-    if environment is None or demonstrations is None:
+    if environment is None:
+        if needs_file(config) and not Path(config.curriculum.demonstrations).exists():
+            found.add(read_demonstrations_of, config)  # without its environment a file cannot be read; that it is there can
         return
+    demonstrations = found.add(read_demonstrations_of, config)
     settings = config.evaluation
-    trained = found.add(train_tasks, config, environment, demonstrations)
     evaluated = found.add(
         environment.tasks, settings.eval_split, count=settings.eval_tasks, **config.environment.env_options
     )
+    if demonstrations is None:
+        return
+    trained = found.add(train_tasks, config, environment, demonstrations)
     if trained is not None and evaluated is not None:
         counts = f"{len(trained)} to train on, {len(evaluated)} to evaluate on, {len(demonstrations)} demonstrations"
         found.lines.append(f"tasks: {counts}")
@@ -191,6 +197,21 @@ def examine_tasks(found: Findings, config: Config) -> None:
     if curriculum is not None:
         depths = [curriculum.depth(step) for step in (0, max(config.training.train_iters - 1, 0))]
         found.lines.append(f"curriculum {config.curriculum.curriculum}: k {depths[0]} -> {depths[1]}")
+        if trained is not None and curriculum.needs_demonstrations:
+            found.lines += found.add(check_coverage, config, trained, demonstrations) or []
+
+
+def check_coverage(config: Config, tasks: Sequence[Task], demonstrations: Mapping[str, Demonstration]) -> list[str]:
+    """How many training tasks a curriculum that replays can replay; ValueError for none where the others are left out."""
+    num_known = sum(task.task_id in demonstrations for task in tasks)
+    if not num_known and config.curriculum.missing_demonstration == "outcome":
+        environment = config.environment
+        raise ValueError(
+            f"demonstrations = {config.curriculum.demonstrations}: none of the {len(tasks)} training tasks (env "
+            f"{environment.env}, train_split {environment.train_split}) is in it, e.g. not {tasks[0].task_id}; give the file "
+            f"that was recorded from them, or set missing_demonstration = full"
+        )
+    return [f"replays: {num_known} of {len(tasks)} training tasks have a demonstration"]
 
 
 def load_usable_env(config: Config) -> type[EnvironmentFamily]:

@@ -414,8 +414,13 @@ def check_teacher_model(config: Config, tokenizer: TurnTokenizer) -> None:
     if not sglang.teacher_model:
         return
     found = read_json(Path(sglang.teacher_model) / "config.json")
-    found = found.get("text_config", found)
-    longest, num_ids = found.get("max_position_embeddings"), found.get("vocab_size")
+    found = found.get("text_config") or found
+    longest, num_ids = (found.get(key) for key in ("max_position_embeddings", "vocab_size"))
+    if not all(value is None or isinstance(value, int) for value in (longest, num_ids)):
+        raise ValueError(
+            f"teacher_model = {sglang.teacher_model}: max_position_embeddings {longest!r} and vocab_size {num_ids!r} of its "
+            f"config.json must be whole numbers; copy it again"
+        )
     if longest and context > longest:  # the server is told to serve any context
         raise ValueError(
             f"rollout_max_context_len = {context} exceeds max_position_embeddings = {longest} of teacher_model = "

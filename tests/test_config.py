@@ -92,6 +92,12 @@ def test_environment_options_are_numbers_and_truths_on_the_command_line_too():
     assert options == {"size": 3, "marked": True, "root": "games/a"}
 
 
+def test_environment_options_on_the_command_line_come_on_top_of_those_of_a_file(tmp_path):
+    path = write(tmp_path, "[environment]\nenv_options = { marked = true, size = 3 }\n")
+    options = load_config(["--config", path, "--env-options", "size", "5", "rooms", "2"]).environment.env_options
+    assert options == {"marked": True, "size": 5, "rooms": 2}
+
+
 def test_the_resolved_configuration_reads_back_equal(tmp_path):
     config = load_config(["--fidelity", "paper", "--curriculum", "f2b", "--k-max", "12", "--env-options", "size", "3"])
     assert load_config(["--config", write(tmp_path, to_toml(config))]) == config

@@ -49,7 +49,7 @@ def test_every_fault_of_a_node_and_of_the_settings_is_found_at_once(run_flags):
     wrong += ["--env-options", "num_place", "3", "--demonstrations", "missing.jsonl", "--curriculum", "b2f"]
     config = load_config([*run_flags, *wrong, "--save", "/proc/run", "--lr-decay-style", "cosine"])
     faults = check_node(config, node(node_rank=3, ranks_per_node=3, resolve_seconds=0, master_addr="no.such.invalid")).faults
-    named = ["NODE_RANK", "MASTER_ADDR", "save", "world", "student", "teacher", "demonstration", "env", "lr_warmup_iters"]
+    named = ["NODE_RANK", "MASTER_ADDR", "save", "world", "student", "teacher", "env", "demonstration", "lr_warmup_iters"]
     assert [re.match(r"[\w.]+", fault)[0] for fault in faults] == named
 
 
@@ -146,6 +146,17 @@ def test_no_rank_starts_on_a_node_with_a_fault(run_flags, tmp_path):
     assert process.returncode == 2
     assert "error: student = nowhere: no such directory" in told
     assert "+ torchrun" not in told and "Traceback" not in told and not (tmp_path / "run").exists()
+
+
+def test_a_path_that_is_no_utf8_is_told(run_flags, capsys):
+    assert launch_checks.main(["--gpus-per-node", "1", "--", *run_flags, "--student", "/tmp/\udcff"]) == 2
+    assert "error: student = /tmp/\\udcff: no such directory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1"])
+def test_a_patience_that_is_none_is_named(seconds):
+    with pytest.raises(ValueError, match=f"--resolve-seconds {float(seconds)}: expected a number of seconds"):
+        launch_checks.main(["--gpus-per-node", "1", f"--resolve-seconds={seconds}", "--"])
 
 
 @pytest.mark.parametrize("port", ["0", "70000", "-1"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 
 from megatron_tcod.config import Faults
 from megatron_tcod.demonstrate import main as demonstrate
+from megatron_tcod.envs.demonstrations import write_demonstrations
+from megatron_tcod.envs.household import Household
 from megatron_tcod.evaluate import main as evaluate
 from megatron_tcod.train import main
 
@@ -75,6 +78,41 @@ def test_demonstrations_with_a_truncated_line(run_flags, tmp_path):
     path.write_bytes(path.read_bytes()[:-40])
     message = refused([*run_flags, "--curriculum", "b2f", "--demonstrations", str(path), "--dry-run"])
     assert f"{path}:" in message
+
+
+def test_demonstrations_of_no_training_task_and_of_some(run_flags, tmp_path, capsys):
+    path = tmp_path / "demonstrations.jsonl"
+    tasks = Household.tasks("train", count=3)
+    write_demonstrations(path, [Household.expert(task, seed=0) for task in tasks])
+    flags = [*run_flags, "--curriculum", "b2f", "--demonstrations", str(path), "--dry-run"]
+    assert main(flags) == 0
+    assert "replays: 3 of 12 training tasks have a demonstration" in capsys.readouterr().out
+    others = [*flags, "--train-split", "held_out"]
+    assert "none of the 12 training tasks (env household, train_split held_out) is in it" in refused(others)
+    assert main([*others, "--missing-demonstration", "full"]) == 0
+    assert "replays: 0 of 12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("tokenizer.json", {"model": {"vocab": {}, "merges": []}}, "cannot be understood|is no tokenizer"),
+        ("tokenizer_config.json", {"eos_token": ["a"]}, r"cannot be understood \(TypeError"),
+        ("config.json", {"layer_types": 5}, r"config.json cannot be understood \(TypeError"),
+        ("config.json", {"rope_theta": [1]}, r"config.json cannot be understood \(TypeError"),
+    ],
+)
+def test_files_of_a_model_with_values_of_another_type(run_flags, household_models, tmp_path, name, change, message):
+    student = tmp_path / "odd"
+    shutil.copytree(household_models / "student", student)
+    content = json.loads((student / name).read_text()) if (student / name).exists() else {}
+    (student / name).write_text(json.dumps(content | change))
+    assert re.search(message, refused([*run_flags, "--student", str(student), "--dry-run"]))
+
+
+def test_a_teacher_to_launch_that_is_not_there_is_told_once(run_flags):
+    flags = ["--teacher", "sglang", "--teacher-model", "/nowhere", "--dry-run"]
+    assert refused([*run_flags, *flags]).startswith("teacher_model = /nowhere: no config.json there")
 
 
 def test_run_directory_of_another_model(single_process, run_flags, household_models):

@@ -48,7 +48,7 @@ def refused(argv):
         (
             ["--expert-model-parallel-size", "3"],
             4,
-            "expert_model_parallel_size 3 does not divide the 4 ranks|size 3 shares out experts and the trained model has none",
+            "expert_model_parallel_size 3 does not divide the 4 ranks|size 3 shares out experts and the trained model",
         ),
         (["--teacher-expert-model-parallel-size", "2"], 2, "shares out experts and the teacher has none; set it to 1"),
         (

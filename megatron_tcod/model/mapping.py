@@ -54,6 +54,8 @@ def read_hf_config(directory: str | Path) -> tuple[Family, ModelShape]:
         return family, family.read_config(config)
     except ValueError as error:
         raise ValueError(f"{path.parent}: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:  # values of other types than any such file has
+        raise ValueError(f"{path} cannot be understood ({type(error).__name__}: {error}); copy it again") from error
 
 
 def local_parameters(chunks: list[Module], family: Family, shape: ModelShape) -> dict[str, list[Parameter]]:

@@ -110,7 +110,7 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{path}: expected a non-empty weight_map; copy the file again")
         for file_name in weight_map.values():
-            if Path(file_name).name != file_name:
+            if not isinstance(file_name, str) or Path(file_name).name != file_name:
                 raise ValueError(f"{path}: {file_name!r} must be a plain file name beside the index; correct the index")
         return weight_map
 
@@ -212,7 +212,9 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; expected a directory that holds it") from None
-    except ValueError as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); copy or export it again") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); copy or export it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; copy or export it again")

@@ -100,7 +100,16 @@ class TurnTokenizer:
 
         Raises ValueError for a missing tokenizer.json, missing control tokens, or a template that cannot be appended to.
         """
-        directory = Path(directory)
+        try:
+            return cls._read(Path(directory), chat_template, system_prompt)
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:  # of types that no such file has
+            raise ValueError(
+                f"{directory}: tokenizer or chat template (chat_template = {chat_template!r}) cannot be understood "
+                f"({type(error).__name__}: {error}); save the tokenizer again with save_pretrained, or mend the template"
+            ) from error
+
+    @classmethod
+    def _read(cls, directory: Path, chat_template: str, system_prompt: str) -> TurnTokenizer:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"no tokenizer.json in {directory}; save the tokenizer there with save_pretrained")
