@@ -126,7 +126,7 @@ async def collect_episodes(
     """
     episodes: list[Episode] = []
     is_blocking = bool(getattr(family, "blocking", False))
-    at_once = max_open or max(min(len(assignments), OPEN_PROCESSES if is_blocking else len(assignments)), 1)
+    at_once = max_open or (OPEN_PROCESSES if is_blocking else max(len(assignments), 1))
     with ThreadPoolExecutor(at_once) if is_blocking else nullcontext() as threads:
         table = _Table(family, env_options or {}, engine, tokenizer, settings, step, threads)
         for start in range(0, len(assignments), at_once):
