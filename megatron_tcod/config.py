@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,21 +31,21 @@ from pydantic.dataclasses import dataclass as validated
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class Faults(ValueError):
+class ConfigError(ValueError):
+    """A setting that the user can fix. The message is complete; no traceback helps."""
+
+
+class Faults(ConfigError):
     """Several mistakes of the user, one message each."""
 
-    def __init__(self, faults: Sequence[str]) -> None:
-        super().__init__("\n".join(faults))
+    def __init__(self, faults: Iterable[str]) -> None:
         self.faults = list(faults)
+        super().__init__("\n".join(self.faults))
 
     @staticmethod
     def of(error: Exception) -> list[str]:
         """The messages of any error."""
         return error.faults if isinstance(error, Faults) else [str(error)]
-
-
-class ConfigError(ValueError):
-    """A setting that the user can fix. The message is complete; no traceback helps."""
 
 
 def also(*names: str) -> Any:
@@ -376,65 +376,71 @@ class Config:
     endpoint: EndpointConfig = dataclasses.field(default_factory=EndpointConfig)
 
     def __post_init__(self) -> None:
-        check_fields_agree(self)
+        if faults := list(disagreements(self)):
+            raise Faults(faults)
 
 
-def check_fields_agree(config: Config) -> None:
-    """The rules that span several fields; ConfigError names them and the fix."""
+def disagreements(config: Config) -> Iterator[str]:
+    """The rules that span several fields: a message for each that is broken, with the fields and the fix."""
     curriculum, rollout, objective = config.curriculum, config.rollout, config.objective.objective
     if curriculum.curriculum == "b2f" and not curriculum.demonstrations:
-        raise ConfigError(
+        yield (
             "demonstrations is empty but curriculum = b2f replays them; give --demonstrations FILE, "
             "made by python -m megatron_tcod.demonstrate"
         )
-    if objective == "sft" and not curriculum.demonstrations:
-        raise ConfigError("demonstrations is empty but objective = sft imitates them; give a JSONL file or `expert`")
+    elif objective == "sft" and not curriculum.demonstrations:
+        yield "demonstrations is empty but objective = sft imitates them; give a JSONL file or `expert`"
     if objective != "sft" and curriculum.demonstrations == "expert":
-        raise ConfigError("demonstrations = expert is for objective = sft; record a file with megatron_tcod.demonstrate")
+        yield "demonstrations = expert is for objective = sft; record a file with megatron_tcod.demonstrate"
+    if curriculum.curriculum in ("f2b", "b2f") and curriculum.k_start > rollout.max_turns:
+        yield (
+            f"k_start = {curriculum.k_start} exceeds max_turns = {rollout.max_turns}: every window would be a whole episode; "
+            f"lower k_start, or set curriculum = full"
+        )
     if curriculum.curriculum == "f2b" and curriculum.k_max is not None and curriculum.k_max > rollout.max_turns:
-        raise ConfigError(f"k_max = {curriculum.k_max} exceeds max_turns = {rollout.max_turns}; lower k_max")
+        yield f"k_max = {curriculum.k_max} exceeds max_turns = {rollout.max_turns}; lower k_max"
     if curriculum.k_max is not None and curriculum.k_max < curriculum.k_start:
-        raise ConfigError(f"k_max = {curriculum.k_max} is below k_start = {curriculum.k_start}; raise k_max")
+        yield f"k_max = {curriculum.k_max} is below k_start = {curriculum.k_start}; raise k_max"
     if config.objective.eps_clip_c <= 1 + config.objective.eps_clip_high:
-        raise ConfigError(
+        yield (
             f"eps_clip_c = {config.objective.eps_clip_c} must exceed 1 + eps_clip_high = "
             f"{1 + config.objective.eps_clip_high}; 3.0 is usual"
         )
     if config.training.lr < config.training.min_lr:
-        raise ConfigError(f"min_lr = {config.training.min_lr} exceeds lr = {config.training.lr}; lower min_lr")
-    check_servers(config)
+        yield f"min_lr = {config.training.min_lr} exceeds lr = {config.training.lr}; lower min_lr"
+    yield from disagreements_with_servers(config)
 
 
 SGLANG = "sglang"
 
 
-def check_servers(config: Config) -> None:
-    """What a rollout engine or a teacher behind servers asks of the other settings."""
+def disagreements_with_servers(config: Config) -> Iterator[str]:
+    """What a rollout engine or a teacher behind servers asks of the other settings, as `disagreements`."""
     rollout, sglang, objective = config.rollout, config.sglang, config.objective
     if rollout.max_staleness and rollout.rollout_engine != SGLANG:
-        raise ConfigError(
+        yield (
             f"max_staleness = {rollout.max_staleness} plays while the trainer trains, which the embedded engine cannot; "
             f"set rollout_engine = sglang, or max_staleness = 0"
         )
     if rollout.max_staleness and objective.objective == "sft":
-        raise ConfigError(
+        yield (
             f"max_staleness = {rollout.max_staleness} is about episodes that are trained on, and objective = sft trains on "
             f"recorded ones; set max_staleness = 0"
         )
     if config.model.teacher != SGLANG or objective.objective == "sft":
         return
     if bool(sglang.teacher_url) == bool(sglang.teacher_model):
-        raise ConfigError(
+        yield (
             f"teacher = sglang needs one of teacher_url (a server to attach to, {sglang.teacher_url!r}) and teacher_model "
             f"(a directory to launch one with, {sglang.teacher_model!r}); give exactly one"
         )
     if not sglang.teacher_top_k and objective.objective != "sampled_token":
-        raise ConfigError(
+        yield (
             f"teacher_top_k = 0 asks the teacher's server for the sampled token alone, objective = {objective.objective} "
             f"compares distributions; raise teacher_top_k (64 is usual), or set objective = sampled_token"
         )
     if objective.teacher_temperature != 1.0:
-        raise ConfigError(
+        yield (
             f"teacher_temperature = {objective.teacher_temperature}, but a server's log-probabilities are of temperature 1; "
             f"set teacher_temperature = 1.0"
         )
@@ -456,46 +462,52 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
-def read_file(path: str) -> dict[str, dict[str, Any]]:
-    """A TOML file as tables; ConfigError for an unreadable file, an unknown table or an unknown key."""
-    try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config file {path}: {error.strerror}; give an existing TOML file to --config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} is not TOML: {error}") from None
+def unknown_names(tables: dict[str, Any]) -> Iterator[str]:
+    """A message for each table and key that is none of ours, with where it belongs or the nearest name."""
     homes = {field.name: part for part, kind in PARTS.items() for field in dataclasses.fields(kind)}
     for part, table in tables.items():
         if part == "fidelity":
             continue
         if part not in PARTS:
             where = f"it belongs under [{homes[part]}]" if part in homes else nearest(part, [*PARTS, "fidelity"])
-            raise ConfigError(f"{path}: unknown table or top-level key {part!r}; {where}")
-        if not isinstance(table, dict):
-            raise ConfigError(f"{path}: [{part}] must be a table, got {table!r}")
-        known = [field.name for field in dataclasses.fields(PARTS[part])]
-        for key in table:
-            if key not in known:
+            yield f"unknown table or top-level key {part!r}; {where}"
+        elif not isinstance(table, dict):
+            yield f"[{part}] must be a table, got {table!r}"
+        else:
+            known = [field.name for field in dataclasses.fields(PARTS[part])]
+            for key in (key for key in table if key not in known):
                 where = f"it belongs under [{homes[key]}]" if key in homes else nearest(key, known)
-                raise ConfigError(f"{path}: unknown key {key!r} in [{part}]; {where}")
+                yield f"unknown key {key!r} in [{part}]; {where}"
+
+
+def read_file(path: str) -> dict[str, dict[str, Any]]:
+    """A TOML file as tables; ConfigError for an unreadable file; `Faults` for unknown tables and keys."""
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror}; give an existing TOML file to --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} is not TOML: {error}") from None
+    if faults := [f"{path}: {fault}" for fault in unknown_names(tables)]:
+        raise Faults(faults)
     return tables
 
 
 def build(tables: dict[str, Any], source: str) -> Config:
-    """A Config from plain tables; ConfigError names the first field that does not fit."""
+    """A Config from plain tables; ConfigError names the fields that do not fit."""
     try:
         return Config(**{name: PARTS[name](**table) if name in PARTS else table for name, table in tables.items()})
     except pydantic.ValidationError as error:
         if isinstance(cause := error.errors()[0].get("ctx", {}).get("error"), ConfigError):
             raise cause from None
-        raise ConfigError(f"{source}: {describe(error)}") from None
+        raise Faults(f"{source}: {told}" for told in complaints(error)) from None
 
 
-def describe(error: pydantic.ValidationError) -> str:
-    """The first complaint of pydantic in one line: field, expectation, value."""
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"]) or error.title
-    return f"{field}: {first['msg']}, got {first['input']!r}"
+def complaints(error: pydantic.ValidationError) -> list[str]:
+    """What pydantic complains of, a line each: field, expectation, value."""
+    return [
+        f"{'.'.join(map(str, one['loc'])) or error.title}: {one['msg']}, got {one['input']!r}" for one in error.errors()
+    ]
 
 
 def merge(*layers: dict[str, Any]) -> dict[str, Any]:
@@ -549,12 +561,14 @@ def load_config(argv: Sequence[str], *, prog: str = "megatron_tcod") -> Config:
 
 def parse_flags(tables: dict[str, Any], source: str, argv: list[str], prog: str) -> Config:
     """Flags over tables. The cross-field rules run once, on the result."""
-    parts = {}
+    parts, faults = {}, []
     for name, kind in PARTS.items():
         try:
             parts[name] = kind(**tables.get(name, {}))
         except pydantic.ValidationError as error:
-            raise ConfigError(f"{source}: [{name}] {describe(error)}") from None
+            faults += [f"{source}: [{name}] {told}" for told in complaints(error)]
+    if faults:
+        raise Faults(faults)
     from_file = {(part, key): tables.get(part, {}).get(key, {}) for part, key in FILE_ONLY}
     options_of_file = tables.get("environment", {}).get("env_options", {})
     for part, key in (*FILE_ONLY, ("environment", "env_options")):  # their entries are no flags of ours
@@ -568,7 +582,7 @@ def parse_flags(tables: dict[str, Any], source: str, argv: list[str], prog: str)
         with redirect_stderr(complaint), redirect_stdout(sys.stdout):
             flags = tyro.cli(unchecked, args=argv, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     except pydantic.ValidationError as error:
-        raise ConfigError(describe(error)) from None
+        raise Faults(complaints(error)) from None
     except SystemExit as leaving:
         if not leaving.code:
             raise

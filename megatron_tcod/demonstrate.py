@@ -41,7 +41,7 @@ from megatron_tcod.envs import check_env_options, load_env
 from megatron_tcod.envs.base import EnvironmentFamily, EnvironmentFault
 from megatron_tcod.envs.demonstrations import read_demonstrations, replay_difference, write_demonstrations
 from megatron_tcod.model import parallel
-from megatron_tcod.preflight import preflight, read_model
+from megatron_tcod.preflight import preflight
 from megatron_tcod.serving import is_teacher_served
 from megatron_tcod.significance import pass_at
 from megatron_tcod.trajectory import Demonstration, DemonstrationTurn, Episode, Task
@@ -78,9 +78,8 @@ def seat_teacher(config: Config) -> Player:
         config = dataclasses.replace(config, curriculum=unread)
         preflight(config, world_size=world_size)
         return assemble_served_teacher(config)
-    read_model("teacher", config.model.teacher)
     player = teacher_as_player(config)
-    preflight(player, world_size=world_size)
+    preflight(player, world_size=world_size, player="teacher")
     run = assemble(player)
     run.publish_weights(0)
     return run

@@ -80,7 +80,7 @@ def evaluate_endpoint(config: Config) -> dict[str, Any]:
     if "kl" not in missing and (obstacle := kl_obstacle(config)):
         missing["kl"] = obstacle
     if "kl" not in missing:
-        preflight(judge_of(config), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        preflight(judge_of(config), world_size=int(os.environ.get("WORLD_SIZE", "1")), player="teacher")
     with closing(seat_endpoint(config)) as player:
         tasks = player.family.tasks(settings.eval_split, count=settings.eval_tasks, **environment.env_options)
         start = time.perf_counter()
@@ -147,9 +147,10 @@ def evaluate_model(config: Config) -> dict[str, Any]:
         curriculum=dataclasses.replace(config.curriculum, curriculum="full", demonstrations=unused),
     )
     preflight(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    step = step_of(config.model.student)
     run = assemble(config)
     with closing(run):
-        return evaluate(run, step=step_of(config.model.student))
+        return evaluate(run, step=step)
 
 
 def gather_scores(own: dict[int, dict[int, TurnScores]]) -> dict[int, dict[int, TurnScores]]:
@@ -162,9 +163,14 @@ def gather_scores(own: dict[int, dict[int, TurnScores]]) -> dict[int, dict[int, 
 
 
 def step_of(directory: str) -> int:
-    """Optimizer steps behind a checkpoint, 0 for any other Hugging Face directory."""
+    """Optimizer steps behind a checkpoint, 0 for any other Hugging Face directory. ValueError for a damaged one."""
     path = Path(directory) / "state.json"
-    return int(json.loads(path.read_text(encoding="utf-8"))["step"]) if path.is_file() else 0
+    if not path.is_file():
+        return 0
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} tells no step ({type(error).__name__}: {error}); restore the checkpoint") from None
 
 
 def check_output(path: str) -> None:

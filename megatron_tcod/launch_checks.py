@@ -28,6 +28,7 @@ from megatron_tcod.config import Config, load_config
 from megatron_tcod.cost_model import num_parameters
 from megatron_tcod.model.shape import ModelShape
 from megatron_tcod.preflight import Findings, check_writable, examine_training, read_model
+from megatron_tcod.serving import check_teacher_host
 
 CHECKPOINT_BYTES = 16
 """Of one parameter in a checkpoint: fp32 weight, two fp32 moments, and the weight once more under Hugging Face names."""
@@ -57,7 +58,9 @@ def check_node(config: Config, node: Node) -> Findings:
     for check in (check_size, check_devices, check_network, check_master):
         found.lines += found.add(check, node) or []
     found.lines += found.add(check_room, config, node) or []
-    return examine_training(found, config, world_size=node.num_nodes * node.ranks_per_node)
+    num_ranks = node.num_nodes * node.ranks_per_node
+    found.add(check_teacher_host, config, num_ranks=num_ranks, num_here=node.ranks_per_node)
+    return examine_training(found, config, world_size=num_ranks if num_ranks > 0 else None)
 
 
 def check_size(node: Node) -> list[str]:

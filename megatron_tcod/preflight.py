@@ -1,7 +1,7 @@
 """Checks everything about a run that can be checked before any process group, model or server starts.
 
-    lines = preflight(config, world_size=2)         # Faults, a message each: the field, what was expected, the fix
-    found = examine(Findings(), config, world_size=2)           # found.lines and found.faults instead
+    lines = preflight(config, world_size=2)             # Faults, a message each: the field, what was expected, the fix
+    found = examine(Findings(), config, world_size=2)   # found.lines and found.faults instead
 
 Launch scripts call it through `python -m megatron_tcod.train --dry-run`, so that a mistake costs seconds and one message
 instead of a traceback per rank. It reads configurations, tokenizers and demonstrations, and no weights.
@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,12 +62,13 @@ class Findings:
     faults: list[str] = field(default_factory=list)
     """One message each: the field, what was expected, the fix."""
 
-    def add(self, check: Callable[..., Found], *args: Any, **options: Any) -> Found | None:
-        """What the check returns; None where it finds a fault."""
+    def add(self, check: Callable[..., Found], *args: Any, about: str = "", **options: Any) -> Found | None:
+        """What the check returns; None where it finds a fault. `about` names the setting, where the check knows none."""
         try:
             return check(*args, **options)
         except (ValueError, OSError) as error:
-            self.faults += [fault for fault in Faults.of(error) if fault not in self.faults]
+            told = [f"{about}: {fault}" if about else fault for fault in Faults.of(error)]
+            self.faults += [fault for fault in told if fault not in self.faults]
         return None
 
     def require(self) -> list[str]:
@@ -76,9 +78,10 @@ class Findings:
         return self.lines
 
 
-def preflight(config: Config, *, world_size: int | None) -> list[str]:
-    """What the run consists of, a line each. `world_size` None skips the checks that need it."""
-    return examine(Findings(), config, world_size=world_size).require()
+def preflight(config: Config, *, world_size: int | None, player: str = "student") -> list[str]:
+    """What the run consists of, a line each. `world_size` None skips the checks that need it; `player` is the setting that
+    names the model which plays, where that is not the student's."""
+    return examine(Findings(), config, world_size=world_size, player=player).require()
 
 
 def examine_training(found: Findings, config: Config, *, world_size: int | None) -> Findings:
@@ -89,13 +92,13 @@ def examine_training(found: Findings, config: Config, *, world_size: int | None)
     return found
 
 
-def examine(found: Findings, config: Config, *, world_size: int | None) -> Findings:
+def examine(found: Findings, config: Config, *, world_size: int | None, player: str = "student") -> Findings:
     """Add everything that `preflight` checks, with all faults."""
     own, teacher_layout = found.add(layout_of, config.parallel), found.add(teacher_layout_of, config.parallel)
     layout = own or ParallelLayout()  # models are read against some layout, where this one contradicts itself
     dp = found.add(check_world_size, own, world_size) if own and world_size is not None else None
     found.add(accelerators.choose, config.model.transformer_impl, accelerators.find())
-    tokenizer = examine_student(found, config, layout)
+    tokenizer = examine_player(found, config, layout, player)
     found.lines += found.add(serving.check_servers, config, dp_size=dp) or []
     if serving.is_teacher_served(config):
         examine_served_teacher(found, config, tokenizer)
@@ -121,24 +124,24 @@ def examine(found: Findings, config: Config, *, world_size: int | None) -> Findi
     return found
 
 
-def examine_student(found: Findings, config: Config, layout: ParallelLayout) -> TurnTokenizer | None:
-    """The student's directory against the layout; its tokenizer."""
+def examine_player(found: Findings, config: Config, layout: ParallelLayout, role: str) -> TurnTokenizer | None:
+    """The directory of the model that plays, and is trained if any is, against the layout; its tokenizer."""
     recompute = found.add(recompute_of, config.parallel)
-    model = found.add(read_model, "student", config.model.student)
+    model = found.add(read_model, role, config.model.student)
     if model is None:
         return None
     family, shape = model
-    found.lines.append(f"student {family.model_type}: {describe(shape)}")
+    found.lines.append(f"{role} {family.model_type}: {describe(shape)}")
     if config.model.init == "load":
         found.add(check_weights, config.model.student, family, shape)
-    found.add(check_layout, shape, layout, whose="the student's")
+    found.add(check_layout, shape, layout, whose=f"the {role}'s")
     found.add(check_trainable, shape, layout)
     if recompute is not None:
         found.add(check_recompute, shape, layout, recompute)
-    found.add(check_context, "student", config, shape)
+    found.add(check_context, role, config, shape)
     tokenizer = found.add(tokenizer_of, config, config.model.student)
     if tokenizer is not None:
-        found.add(check_vocabulary, "student", shape, tokenizer)
+        found.add(check_vocabulary, role, shape, tokenizer)
     return tokenizer
 
 
@@ -183,13 +186,14 @@ def examine_tasks(found: Findings, config: Config) -> None:
             found.add(read_demonstrations_of, config)  # without its environment a file cannot be read; that it is there can
         return
     demonstrations = found.add(read_demonstrations_of, config)
-    settings = config.evaluation
+    split, count = config.evaluation.eval_split, config.evaluation.eval_tasks
     evaluated = found.add(
-        environment.tasks, settings.eval_split, count=settings.eval_tasks, **config.environment.env_options
+        partial(environment.tasks, split, count=count, **config.environment.env_options), about=f"eval_split = {split}"
     )
     if demonstrations is None:
         return
-    trained = found.add(train_tasks, config, environment, demonstrations)
+    where = f"train_split = {config.environment.train_split}"
+    trained = found.add(train_tasks, config, environment, demonstrations, about=where)
     if trained is not None and evaluated is not None:
         counts = f"{len(trained)} to train on, {len(evaluated)} to evaluate on, {len(demonstrations)} demonstrations"
         found.lines.append(f"tasks: {counts}")

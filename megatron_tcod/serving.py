@@ -314,16 +314,21 @@ def check_servers(config: Config, *, dp_size: int | None) -> list[str]:
         read_keys(sglang.teacher_key_file)
         if sglang.teacher_model and not (Path(sglang.teacher_model) / "config.json").is_file():
             raise ValueError(f"teacher_model = {sglang.teacher_model}: no config.json there; give a Hugging Face directory")
-        world, local = os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")
-        if sglang.teacher_model and world != local:
-            raise ValueError(
-                f"teacher_model launches a server that only its own host reaches, and this run has {world} ranks of which "
-                f"{local} are here; start the teacher by hand and give its teacher_url"
-            )
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        check_teacher_host(config, num_ranks=world, num_here=int(os.environ.get("LOCAL_WORLD_SIZE", world)))
         lines.append(f"teacher: SGLang, {sglang.teacher_url or sglang.teacher_model}, top {sglang.teacher_top_k}")
     if is_launching:
         check_program(sglang.sglang_python, sglang.sglang_program)
     return lines
+
+
+def check_teacher_host(config: Config, *, num_ranks: int, num_here: int) -> None:
+    """ValueError where a launched teacher could not be reached by every rank."""
+    if is_teacher_served(config) and config.sglang.teacher_model and num_ranks != num_here:
+        raise ValueError(
+            f"teacher_model launches a server that only its own host reaches, and this run has {num_ranks} ranks of which "
+            f"{num_here} are here; start the teacher by hand and give its teacher_url"
+        )
 
 
 def check_unused(config: Config) -> None:

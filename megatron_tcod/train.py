@@ -358,6 +358,8 @@ def report_start(run: Assembly, directory: Path, start: int, state: dict[str, An
 def main(argv: list[str]) -> int:
     print_config, argv = take_switch(argv, "--print-config")
     dry_run, argv = take_switch(argv, "--dry-run")
+    if print_config and dry_run:
+        raise ValueError("--print-config prints the settings and checks nothing, --dry-run checks them; give one")
     config = load_config(argv, prog="python -m megatron_tcod.train")
     if print_config:
         print(to_toml(config), end="")

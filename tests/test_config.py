@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megatron_tcod.config import FIDELITY, PARTS, ConfigError, load_config, to_toml
+from megatron_tcod.config import FIDELITY, PARTS, ConfigError, Faults, load_config, to_toml
 
 
 def write(tmp_path, text):
@@ -137,6 +137,21 @@ def test_a_mistake_in_the_file_gets_one_message(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("eta = 3\nrollout = 4\n[curriculum]\neeta = 3\nlr = 3\n[traning]\nx = 1\n", "eta rollout eeta lr traning"),
+        ("[curriculum]\neta = 0\nk_start = 0\n[training]\nlr = 'x'\n", "lr k_start eta"),
+        ("[curriculum]\ncurriculum = 'b2f'\nk_start = 99\n[training]\nmin_lr = 1.0\n", "demonstrations k_start min_lr"),
+    ],
+)
+def test_mistakes_of_one_kind_are_told_together(tmp_path, text, named):
+    with pytest.raises(Faults) as caught:
+        load_config(["--config", write(tmp_path, text)])
+    for fault, name in zip(caught.value.faults, named.split(), strict=True):
+        assert name in fault and "\n" not in fault
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--tensor-paralel-size", "2"], "did you mean '--tensor-model-parallel-size'"),
@@ -145,6 +160,7 @@ def test_a_mistake_in_the_file_gets_one_message(tmp_path, text, message):
         (["--curriculum", "both"], "'both'.*'full', 'f2b', 'b2f'"),
         (["--config"], "--config needs a value"),
         (["--config", "absent.toml"], "absent.toml: No such file"),
+        (["--curriculum", "f2b", "--k-start", "31"], "k_start = 31 exceeds max_turns = 30: every window"),
         (["--k-max", "5", "--k-start", "6"], "k_max = 5 is below k_start = 6"),
         (["--curriculum", "f2b", "--k-max", "31"], "k_max = 31 exceeds max_turns = 30"),
         (["--objective", "sft"], "demonstrations is empty"),

@@ -114,6 +114,18 @@ def test_world_and_layout_are_checked_over_all_nodes(run_flags):
     assert "world size 3 != tp 2" in fault
 
 
+def test_a_teacher_that_other_nodes_cannot_reach(run_flags):
+    launched = [*run_flags, "--teacher", "sglang", "--teacher-model", run_flags[1]]
+    config = load_config(launched)
+    found = {number: check_node(config, node(num_nodes=number)).faults for number in (1, 2)}
+    (fault,) = set(found[2]) - set(found[1])
+    assert fault.startswith("teacher_model launches a server that only its own host reaches, and this run has 4 ranks")
+
+
+def test_a_node_without_ranks_is_one_fault(run_flags):
+    assert the_fault(run_flags, ranks_per_node=0) == "GPUS_PER_NODE = 0 must be at least 1"
+
+
 def environment(**variables):
     """Without this test's own ranks, with its interpreter first on the path."""
     ours = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

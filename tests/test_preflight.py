@@ -100,6 +100,8 @@ def test_demonstrations_of_no_training_task_and_of_some(run_flags, tmp_path, cap
         ("tokenizer_config.json", {"eos_token": ["a"]}, r"cannot be understood \(TypeError"),
         ("config.json", {"layer_types": 5}, r"config.json cannot be understood \(TypeError"),
         ("config.json", {"rope_theta": [1]}, r"config.json cannot be understood \(TypeError"),
+        ("config.json", {"rope_theta": float("nan")}, "odd: rope_theta nan must be a finite number above 0"),
+        ("config.json", {"rope_theta": -1.0}, "odd: rope_theta -1.0 must be a finite number above 0"),
     ],
 )
 def test_files_of_a_model_with_values_of_another_type(run_flags, household_models, tmp_path, name, change, message):
@@ -113,6 +115,31 @@ def test_files_of_a_model_with_values_of_another_type(run_flags, household_model
 def test_a_teacher_to_launch_that_is_not_there_is_told_once(run_flags):
     flags = ["--teacher", "sglang", "--teacher-model", "/nowhere", "--dry-run"]
     assert refused([*run_flags, *flags]).startswith("teacher_model = /nowhere: no config.json there")
+
+
+def test_a_teacher_that_is_to_demonstrate_is_called_one(run_flags, tmp_path):
+    flags = [*run_flags, "--demonstrations", str(tmp_path / "d.jsonl")]
+    message = refused([*flags, "--teacher", "nowhere"], demonstrate)
+    assert message == "teacher = nowhere: no such directory; give --teacher a local Hugging Face directory"
+    with pytest.raises(ValueError) as caught:
+        demonstrate([*flags, "--rollout-max-context-len", "4096"])
+    assert str(caught.value).startswith("rollout_max_context_len = 4096 exceeds the teacher's max_position_embeddings")
+
+
+def test_settings_are_printed_or_checked(run_flags):
+    assert "give one" in refused([*run_flags, "--print-config", "--dry-run"])
+
+
+def test_a_checkpoint_without_a_shard_or_a_step(single_process, run_flags, tmp_path):
+    main([*run_flags, "--train-iters", "2", "--save-interval", "1", "--keep-checkpoints", "2", "--no-eval-at-end"])
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_0000001"
+    assert not list(checkpoint.glob("*.safetensors")), "its weights are in the shards alone"
+    flags = [*run_flags, "--student", str(checkpoint), "--save", str(tmp_path / "other")]
+    (checkpoint / "state.json").write_text("{}")
+    assert "state.json tells no step (KeyError" in refused(flags, evaluate)
+    shard = next(checkpoint.glob("*.distcp"))
+    shard.unlink()
+    assert f"{shard.name}, which its .metadata names, is missing" in refused([*flags, "--dry-run"])
 
 
 def test_run_directory_of_another_model(single_process, run_flags, household_models):
@@ -129,7 +156,9 @@ def test_context_that_the_model_cannot_hold(run_flags):
 
 
 def test_split_that_the_environment_does_not_have(run_flags):
-    assert "train or held_out" in refused([*run_flags, "--eval-split", "unseen", "--dry-run"])
+    for setting in ("--eval-split", "--train-split"):
+        message = refused([*run_flags, setting, "unseen", "--dry-run"])
+        assert f"{setting[2:].replace('-', '_')} = unseen: " in message and "train or held_out" in message
 
 
 def test_environment_that_does_not_exist(run_flags):

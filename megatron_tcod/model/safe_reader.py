@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
 METADATA_FILE = ".metadata"
-FIX = "use a checkpoint that this program wrote, or give --allow-pickle if you trust whoever made it"
+FIX = "use a checkpoint that this program wrote; --allow-pickle resumes from one whose maker you trust"
 
 _DTYPES = (
     "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
@@ -91,6 +91,8 @@ def read_metadata(directory: Path) -> Metadata:
         name = getattr(info, "relative_path", None)
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{path} is refused: {name!r} is no file of this directory; {FIX}")
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory}: {name}, which its {METADATA_FILE} names, is missing; restore the directory")
     return found
 
 

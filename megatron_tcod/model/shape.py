@@ -93,6 +93,8 @@ class ModelShape:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.rotary_base) and self.rotary_base > 0):
+            raise ValueError(f"rope_theta {self.rotary_base} must be a finite number above 0: channels turn by its powers")
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
