@@ -23,6 +23,9 @@ from megatron_tcod.config import SGLANG, merge
 from study.grid import SFT, Cell, Model, Settings, Study, World, run_settings
 from study.rundir import newest_model
 
+UNPLAYED = {"evaluation": {"eval_interval": 0, "eval_at_end": False}}
+"""Of teachers and warm starts, which are evaluated once, after their training."""
+
 EXPERT = {"curriculum": {"curriculum": "full", "demonstrations": "expert"}}
 """Where SFT's settings must name demonstrations that are never read."""
 
@@ -223,8 +226,7 @@ class _Planner:
         if teacher.model:
             return () if teacher.model == SGLANG else (play,)
         fresh = {"model": {"init": "random", "student": str(self.paths.models / "teacher")}}
-        unplayed = {"evaluation": {"eval_at_end": False}}
-        settings = self._settings(self._imitation(), fresh, teacher.settings, save, unplayed)
+        settings = self._settings(self._imitation(), fresh, teacher.settings, save, UNPLAYED)
         return Command(module="megatron_tcod.train", settings=settings), play
 
     def _demonstrate(self) -> Command:
@@ -255,7 +257,8 @@ class _Planner:
                 self.world.warmstart,
                 model.settings,
                 {"model": {"init": "random", "student": str(paths.models / size)}},
-                {"training": {"save": str(paths.start(name)), "seed": seed}, "evaluation": {"eval_at_end": False}},
+                {"training": {"save": str(paths.start(name)), "seed": seed}},
+                UNPLAYED,
             )
             commands.append(Command(module="megatron_tcod.train", settings=settings))
         commands.append(self._evaluate({"student": self._start_model(model, name)}, model, paths.start_evaluation(name)))

@@ -12,8 +12,10 @@ from study.run import main
 from study.runner import settings_toml
 
 from megatron_tcod.config import load_config
+from megatron_tcod.serving import is_teacher_served
 
 STUDY = Path(__file__).parents[2] / "examples" / "study"
+SHIPPED = sorted(path.stem for path in STUDY.glob("*.toml"))
 
 SMALL = """
 [study]
@@ -62,7 +64,7 @@ def test_the_quick_grid_is_a_part_of_the_full_one():
     assert quick.world("household").teacher == full.world("household").teacher
 
 
-@pytest.mark.parametrize("name", ["quick", "full", "paper"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_every_run_of_a_shipped_grid_has_sound_settings(name, capsys):
     main(["--grid", str(STUDY / f"{name}.toml"), "--dry-run"])
     assert "train" in capsys.readouterr().out
@@ -94,7 +96,7 @@ def test_methods_of_a_seed_differ_in_their_method_alone(tmp_path):
 
 
 def test_a_job_comes_after_those_that_it_needs(tmp_path):
-    for name in ("quick", "full", "paper"):
+    for name in SHIPPED:
         path = STUDY / f"{name}.toml"
         before = set()
         for job in plan(read_grid(path), path, tmp_path):
@@ -114,6 +116,20 @@ def test_the_papers_grid_runs_existing_models_by_its_launcher(tmp_path):
     config = resolved(job.commands[0], tmp_path)
     assert (config.fidelity, config.curriculum.eta, config.training.lr, config.rollout.max_turns) == ("paper", 2, 1e-6, 30)
     assert not any(job.name.startswith("alfworld/start/") and job.name.count("/") > 2 for job in jobs), "one start a size"
+
+
+def test_the_papers_other_grid_spans_the_three_benchmarks_and_scores_by_a_server(tmp_path):
+    path = STUDY / "paper_qwen3.toml"
+    study = read_grid(path)
+    horizons, servers = {}, set()
+    for job in plan(study, path, tmp_path):
+        if job.cell is not None and job.cell.curriculum == "b2f":
+            config = resolved(job.commands[0], tmp_path)
+            horizons[config.environment.env] = (config.rollout.max_turns, config.training.train_iters)
+            servers.add((config.model.student or job.cell.size, *config.sglang.sglang_urls))
+            assert is_teacher_served(config) and config.sglang.teacher_top_k == 64 and config.curriculum.demonstrations
+    assert horizons == {"alfworld": (30, 250), "scienceworld": (30, 250), "webshop": (15, 150)}
+    assert len(servers) == 2, "a server holds one student"
 
 
 def test_changing_the_teacher_changes_every_job_after_it(tmp_path):
