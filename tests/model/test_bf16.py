@@ -2,8 +2,8 @@
 
 The truth is the fp32 step from weights rounded to bf16. Unsharded, the bf16 gradient of the dense model lies 1.8e-2 from it
 (Euclidean norm over all parameters); a layout that adds in another order may lie a quarter further, with experts too (1.2e-2
-unsharded, 1.9e-2 at tp 2), and no parameter's gradient may differ from the unsharded bf16 one by more than BF16_TOLERANCE, ten
-units in the last place of bf16; a router's by half as much again, because it is made of differences between experts.
+unsharded, 1.9e-2 at tp 2). No parameter's gradient may differ from the unsharded bf16 one by more than BF16_TOLERANCE, ten
+units in the last place of bf16, or twice that with experts at tp 2: their router chooses after halves were rounded and added.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def test_no_layout_errs_more_than_the_unsharded_bf16_step(runs, steps, case):
             assert tensor.dtype is BF16 and torch.equal(actual[name], tensor), name
         else:
             difference = (actual[name].double() - tensor.double()).norm() / tensor.double().norm()
-            tolerance = BF16_TOLERANCE * (1.5 if "router" in name else 1)
+            tolerance = BF16_TOLERANCE * (2 if case.has_experts and case.tp > 1 else 1)
             assert difference <= tolerance, f"{name} differs by {float(difference):.1e}"
 
 
