@@ -10,8 +10,11 @@ import sys
 import msgspec
 import pytest
 
+from megatron_tcod.config import toml_value
+from megatron_tcod.demonstrate import main as demonstrate
 from megatron_tcod.envs import ENVS, check_env_options, load_env
 from megatron_tcod.envs.base import Step
+from megatron_tcod.envs.demonstrations import read_demonstrations, replay_difference
 from megatron_tcod.envs.household import Household
 from megatron_tcod.trajectory import Demonstration, Task, decode, encode
 
@@ -196,3 +199,20 @@ def test_importing_an_environment_imports_neither_megatron_nor_a_server(name):
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     imported = {module.split(".")[0] for module in ended.stdout.split()}
     assert not {"megatron", "sglang", "transformers", "textworld", "py4j"} & imported
+
+
+def test_the_expert_is_recorded_by_the_program_and_its_file_replays(family, tmp_path, capsys):
+    name, kind, tasks, options = family
+    output, settings = tmp_path / "expert.jsonl", tmp_path / "run.toml"
+    settings.write_text(f"[environment]\nenv = '{name}'\ntrain_tasks = 3\nenv_options = {toml_value(options)}\n")
+    argv = ["--config", str(settings), "--expert", "--demonstrations", str(output)]
+    if name in WITHOUT_EXPERT:
+        with pytest.raises(ValueError, match=f"env {name} has no expert"):
+            demonstrate(argv)
+        return
+    assert demonstrate(argv) == 0
+    assert "the expert solved 3 of 3 tasks" in (told := capsys.readouterr().out)
+    assert "3 of 3 replayed with equal observations" in told
+    found = read_demonstrations(output, name, env_options=options)
+    assert [one.task for one in found] == list(tasks)
+    assert all(one.success and replay_difference(kind, one, **options) == "" for one in found)
