@@ -20,7 +20,7 @@ in tests/test_cost_model.py.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megatron_tcod.model.shape import ModelShape, padded_vocab_size
 from megatron_tcod.ops.chunk_loop import CHUNK_BYTES, CHUNK_ROWS
@@ -41,7 +41,7 @@ class Layout:
     ep: int = 1
     """Of the cp * dp ranks that hold the same weights, those that share out the experts."""
     chunks: int = 1
-    """Model chunks per pipeline rank."""
+    """The student's model chunks per pipeline rank; a teacher's stages are whole."""
     sequence_parallel: bool = False
     teacher_tp: int | None = None
     """The teacher's own, over the same ranks; by default the student's."""
@@ -57,15 +57,20 @@ class Layout:
         """The teacher's; the student's where it has none of its own."""
         tp, pp, ep = self.teacher_tp or self.tp, self.teacher_pp or self.pp, self.teacher_ep or self.ep
         if (tp, pp, ep) == (self.tp, self.pp, self.ep):
-            return self
+            return replace(self, chunks=1, teacher_tp=None, teacher_pp=None, teacher_ep=None)
         is_parallel = self.sequence_parallel and tp > 1
         return Layout(tp=tp, pp=pp, ep=ep, dp=self.world // (tp * pp), sequence_parallel=is_parallel)
 
     @property
     def told(self) -> str:
+        own, chunks = self.of_teacher, f" x virtual {self.chunks}" if self.chunks > 1 else ""
+        teacher = f", teacher tp {own.tp}, pp {own.pp}" + own._told_experts if self.is_teacher_cut_otherwise else ""
+        return f"tp {self.tp}, pp {self.pp}{chunks}, cp {self.cp}, dp {self.dp}{self._told_experts}{teacher}"
+
+    @property
+    def is_teacher_cut_otherwise(self) -> bool:
         own = self.of_teacher
-        teacher = "" if own is self else f", teacher tp {own.tp}, pp {own.pp}" + own._told_experts
-        return f"tp {self.tp}, pp {self.pp}, cp {self.cp}, dp {self.dp}{self._told_experts}{teacher}"
+        return (own.tp, own.pp, own.ep) != (self.tp, self.pp, self.ep)
 
     @property
     def _told_experts(self) -> str:
@@ -289,8 +294,17 @@ def layer_activations(shape: ModelShape, tp: int, *, recompute: str = "none", se
     return 4 * hidden / spread + (head_norms + core + queries + mlp) / tp
 
 
+def most_in_flight(layout: Layout, stage: int, microbatches: int) -> int:
+    """Passes through one of a rank's chunks that wait for their backward pass at a time, in Megatron's 1F1B schedule and its
+    interleaved one, which fills up to a multiple of pp microbatches."""
+    if layout.chunks == 1:
+        return min(layout.pp - stage, microbatches)
+    padded = -(-microbatches // layout.pp) * layout.pp
+    return min(2 * (layout.pp - stage - 1) + (layout.chunks - 1) * layout.pp + 1, padded * layout.chunks)
+
+
 def activation_bytes(
-    shape: ModelShape, layout: Layout, numerics: Numerics, tokens: float, *, in_flight: int, stage: int
+    shape: ModelShape, layout: Layout, numerics: Numerics, tokens: float, *, in_flight: float, stage: int
 ) -> float:
     """Kept on one rank of a stage by `in_flight` microbatches of `tokens`, and what one recomputed layer needs."""
     kept = layer_activations(
@@ -348,11 +362,11 @@ def _stage_memory(
     teachers = 0.0
     if teacher is not None:
         own = layout.of_teacher
-        cuts = [stage] if own is layout else [0, own.pp - 1]  # in another layout a rank may hold any stage
+        cuts = [0, own.pp - 1] if layout.is_teacher_cut_otherwise else [stage]  # in its own a rank may hold any stage
         teachers = numerics.weight_bytes * max(stage_parameters(teacher, own.tp, own.pp, cut, own.ep) for cut in cuts)
         targets = workload.trained / layout.dp * teacher.hidden_size * numerics.weight_bytes if is_last else 0.0
         head = numerics.weight_bytes * padded_vocab_size(teacher.vocab_size, layout.tp) // layout.tp * teacher.hidden_size
-        is_copied = numerics.is_teacher_offloaded or own is not layout  # the head, cut as the student's
+        is_copied = numerics.is_teacher_offloaded or layout.is_teacher_cut_otherwise  # the head, cut as the student's
         resident = 0.0 if numerics.is_teacher_offloaded else teachers
         teachers = resident + targets + (head if is_last and is_copied else 0.0)
     is_server = not serving.is_on_host or kind == "cpu"
@@ -362,7 +376,7 @@ def _stage_memory(
         gradients=GRADIENT_BYTES * parameters,
         optimizer=copies * (stepped if numerics.is_optimizer_sharded else parameters),
         activations=activation_bytes(
-            student, layout, numerics, tokens, in_flight=min(layout.pp - stage, count), stage=stage
+            student, layout, numerics, tokens, in_flight=most_in_flight(layout, stage, count) / layout.chunks, stage=stage
         ),
         chunk=chunk_bytes(student, layout.tp, trained, has_teacher=teacher is not None, kind=kind) if is_last else 0.0,
         teacher=teachers,
@@ -424,7 +438,7 @@ def step_phases(
         flops = forward_flops(teacher, workload.tokens, workload.row_tokens)
         own = layout.of_teacher
         sent, moved = (each(teacher, own, numerics, workload.tokens / own.dp) for each in (layer_traffic, expert_traffic))
-        waiting = 1 - (own.pp - 1) / (workload.microbatches(own) * own.chunks + own.pp - 1)
+        waiting = 1 - (own.pp - 1) / (workload.microbatches(own) + own.pp - 1)
         seconds = flops * slow / layout.world / device.flops / device.forward_efficiency / waiting
         seconds += (sent / fast + moved / device.way(own.tp * own.ep)) / device.copy_efficiency
         phases["teacher"] = Phase(flops=flops, sent=sent + moved, seconds=seconds)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -136,19 +137,23 @@ def serving_of(question: Question, layout: Layout, servers: int | None) -> Servi
 
 def layouts(question: Question, gpus: int) -> Iterator[Layout]:
     """Ways to lay both models out on `gpus` ranks. Tensor and context parallelism stay inside a node; the teacher is cut as
-    the student or over more tensor-parallel ranks. Interleaved pipelines are left to the user."""
+    the student or over more tensor-parallel ranks. Pipelines are also tried interleaved, with two or four chunks a rank."""
     sizes = [size for size in (1, 2, 4, 8) if size <= question.device.per_node]
-    cuts = ((tp, cp, pp) for tp in sizes for cp in sizes for pp in range(1, min(question.student.num_layers, 32) + 1))
-    for tp, cp, pp in cuts:
+    stages = range(1, min(question.student.num_layers, 32) + 1)
+    for tp, cp, pp in itertools.product(sizes, sizes, stages):
         dp, rest = divmod(gpus, tp * cp * pp)
         if rest or dp > question.workload.episodes or tp * cp > question.device.per_node:
             continue
-        for ep in expert_sizes(question.student, cp * dp):
-            whole = Layout(tp=tp, pp=pp, cp=cp, dp=dp, ep=ep, sequence_parallel=question.sequence_parallel and tp > 1)
-            wider = [size for size in sizes if size > tp] if question.teacher else []
-            for layout in (whole, *(dataclasses.replace(whole, teacher_tp=size) for size in wider)):
-                if is_possible(question, layout):
-                    yield layout
+        is_parallel = question.sequence_parallel and tp > 1
+        wider = [size for size in sizes if size > tp] if question.teacher else []
+        for ep, chunks, teacher_tp in itertools.product(
+            expert_sizes(question.student, cp * dp), (1, 2, 4) if pp > 1 else (1,), (None, *wider)
+        ):
+            layout = Layout(
+                tp=tp, pp=pp, cp=cp, dp=dp, ep=ep, chunks=chunks, sequence_parallel=is_parallel, teacher_tp=teacher_tp
+            )
+            if is_possible(question, layout):
+                yield layout
 
 
 def expert_sizes(student: ModelShape, ranks: int) -> list[int]:
@@ -164,6 +169,7 @@ def is_possible(question: Question, layout: Layout) -> bool:
                 own = ParallelLayout(
                     tensor_model_parallel_size=part.tp,
                     pipeline_model_parallel_size=part.pp,
+                    virtual_pipeline_model_parallel_size=part.chunks if part.chunks > 1 else None,
                     context_parallel_size=part.cp,
                     expert_model_parallel_size=part.ep,
                 )
@@ -185,7 +191,7 @@ def choose(question: Question, gpus: int) -> Answer | None:
 
 
 def cuts_of(layout: Layout) -> int:
-    return layout.tp * layout.pp * layout.cp * layout.ep * (layout.teacher_tp or layout.tp)
+    return layout.tp * layout.pp * layout.chunks * layout.cp * layout.ep * (layout.teacher_tp or layout.tp)
 
 
 def workload_of(config: Config, options: argparse.Namespace) -> tuple[Workload, str]:
@@ -377,7 +383,8 @@ def table(question: Question, counts: Sequence[int]) -> list[str]:
             continue
         seconds = [one.phases[name].seconds if name in one.phases else 0.0 for name in phases]
         layout = one.layout
-        cells = [f"{gpus:,}", layout.tp, layout.pp, layout.cp, f"{layout.dp:,}", layout.of_teacher.tp, gib(one.memory.peak)]
+        stages = f"{layout.pp} x {layout.chunks}" if layout.chunks > 1 else layout.pp
+        cells = [f"{gpus:,}", layout.tp, stages, layout.cp, f"{layout.dp:,}", layout.of_teacher.tp, gib(one.memory.peak)]
         cells += [f"{each:.3g}" for each in (*seconds, one.seconds)]
         cells += [f"{question.workload.tokens / one.seconds:,.0f}", f"{seconds[0] / sum(seconds):.0%}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -26,6 +26,8 @@ SHAPES = {
     "experts": tiny_shape(experts=ExpertShape(num_experts=6, num_experts_per_token=2, ffn_hidden_size=32)),
 }
 TOKENS = 96
+IN_FLIGHT_CHUNKS = (1, 2)
+IN_FLIGHT_MICROBATCHES = 5
 
 
 def one_row(length: int = TOKENS):
@@ -105,8 +107,37 @@ def report_ranks(directory: str) -> None:
             found[f"{name} {tp} {pp}" if ep == 1 else f"{name} ep {ep}"] = held
         if tp > 1:
             found["peaks"] = {name: divergence_peak(rows, tp) for name, rows in CHUNKED_ROWS.items()}
+        if pp > 1:
+            found["in flight"] = [passes_in_flight(pp, chunks) for chunks in IN_FLIGHT_CHUNKS]
     (Path(directory) / f"{parallel.rank()}.json").write_text(json.dumps(found))
     parallel.shutdown()
+
+
+def passes_in_flight(pp: int, chunks: int) -> int:
+    """Most forward passes through a chunk of this rank whose backward pass had not begun."""
+    layout = ParallelLayout(
+        pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None
+    )
+    parallel.initialize(layout, seed=0)
+    student = Student(SHAPES["plain"], layout, OptimizerSettings(lr=1e-3), seed=0)
+    now, most = 0, 0
+
+    def began(*_: Any) -> None:
+        nonlocal now
+        now -= 1
+
+    def passed(_: torch.nn.Module, __: Any, output: torch.Tensor) -> None:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        output.register_hook(began)
+
+    for chunk in student.chunks:
+        build.unwrap(chunk).decoder.register_forward_hook(passed)
+    rows = [one_row() for _ in range(IN_FLIGHT_MICROBATCHES)]
+    run_schedule(student.chunks, layout, rows, lambda index, hidden: hidden.square().sum(), forward_only=False)
+    assert now == 0
+    return most
 
 
 def reduced_bytes(student: Student) -> int:

@@ -5,7 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from cost_worlds import CHUNKED, CHUNKED_ROWS, SHAPES, TOKENS, backward, divergence_peak, held_bytes, one_row, report_ranks
+from cost_worlds import (
+    CHUNKED,
+    CHUNKED_ROWS,
+    IN_FLIGHT_CHUNKS,
+    IN_FLIGHT_MICROBATCHES,
+    SHAPES,
+    TOKENS,
+    backward,
+    divergence_peak,
+    held_bytes,
+    one_row,
+    report_ranks,
+)
 from gloo_world import run_ranks
 from tiny_models import tiny_shape
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -133,6 +145,14 @@ def test_kept_activations_are_within_a_tenth(student, name):
     workload = Workload(episodes=1, turns=0, prompt_tokens=TOKENS, microbatch_tokens=TOKENS)
     planned = cost_model.activation_bytes(shape, Layout(), Numerics(), workload.microbatch(Layout()), in_flight=1, stage=0)
     assert planned == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("chunks", IN_FLIGHT_CHUNKS)
+def test_as_many_passes_wait_for_their_backward_pass_as_the_schedules_keep(ranks, chunks):
+    for stage, rank in enumerate(ranks):
+        measured = rank["in flight"][IN_FLIGHT_CHUNKS.index(chunks)]
+        assert cost_model.most_in_flight(Layout(pp=2, chunks=chunks), stage, IN_FLIGHT_MICROBATCHES) == measured
+    assert cost_model.most_in_flight(Layout(pp=4, chunks=2), 0, 2) == 8, "two microbatches are filled up to four"
 
 
 def test_activations_shrink_as_the_settings_say():
