@@ -266,5 +266,5 @@ def test_a_rank_that_hangs_and_still_reports_ends_a_real_job_with_its_name(run_f
     named = rf"error \(rank 0\): rank 1 \(host .+, pid {victims[1].pid}\) hangs: no rank has moved on for 6\d s"
     assert re.search(named + r" while the others wait for it: .*1 in rollout of step", told)
     assert f"exitcode  : {EXIT_HUNG}" in told
-    assert 60 < seconds < 60 + 30 + 15, f"the job ended after {seconds:.0f} s"
+    assert 60 - 5 < seconds < 60 + 30 + 15, f"the job ended after {seconds:.0f} s"  # the last step came before the switch
     assert not any(victim.is_running() for victim in victims.values())
