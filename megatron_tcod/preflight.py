@@ -13,7 +13,7 @@ import dataclasses
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -67,9 +67,12 @@ class Findings:
         try:
             return check(*args, **options)
         except (ValueError, OSError) as error:
-            told = [f"{about}: {fault}" if about else fault for fault in Faults.of(error)]
-            self.faults += [fault for fault in told if fault not in self.faults]
+            self.tell(f"{about}: {fault}" if about else fault for fault in Faults.of(error))
         return None
+
+    def tell(self, faults: Iterable[str]) -> None:
+        """Add messages, each once."""
+        self.faults += [fault for fault in dict.fromkeys(faults) if fault not in self.faults]
 
     def require(self) -> list[str]:
         """The lines; `Faults` where there are any."""
@@ -87,7 +90,7 @@ def preflight(config: Config, *, world_size: int | None, player: str = "student"
 def examine_training(found: Findings, config: Config, *, world_size: int | None) -> Findings:
     """`examine`, and what only training asks for."""
     examine(found, config, world_size=world_size)
-    found.add(check_training, config)
+    found.tell(training_faults(config))
     found.add(check_run_directory, config)
     return found
 
@@ -138,7 +141,7 @@ def examine_player(found: Findings, config: Config, layout: ParallelLayout, role
     found.add(check_trainable, shape, layout)
     if recompute is not None:
         found.add(check_recompute, shape, layout, recompute)
-    found.add(check_context, role, config, shape)
+    found.tell(context_faults(role, config, shape))
     tokenizer = found.add(tokenizer_of, config, config.model.student)
     if tokenizer is not None:
         found.add(check_vocabulary, role, shape, tokenizer)
@@ -167,7 +170,7 @@ def examine_teacher(
     family, shape = model
     found.lines.append(f"teacher {family.model_type}: {describe(shape)}")
     found.add(check_weights, config.model.teacher, family, shape)
-    found.add(check_context, "teacher", config, shape)
+    found.tell(context_faults("teacher", config, shape))
     found.add(check_layout, shape, layout, whose="the teacher's")
     found.add(check_teacher_experts, config, shape)
     own = found.add(tokenizer_of, config, config.model.teacher)
@@ -235,18 +238,18 @@ def read_demonstrations_of(config: Config) -> Mapping[str, Demonstration]:
     return demonstrations
 
 
-def check_training(config: Config) -> None:
+def training_faults(config: Config) -> Iterator[str]:
     """What only training asks of the settings."""
     training, objective = config.training, config.objective
     if objective.objective == "sft" and config.rollout.history_mode == "compact":
-        raise ValueError("history_mode = compact is not supported by objective = sft; use history_mode = full")
+        yield "history_mode = compact is not supported by objective = sft; use history_mode = full"
     if training.lr_decay_style != "constant" and training.lr_warmup_iters >= training.train_iters > 0:
-        raise ValueError(
+        yield (
             f"lr_warmup_iters = {training.lr_warmup_iters} leaves no step to decay in train_iters = "
             f"{training.train_iters}; lower lr_warmup_iters"
         )
     if training.tensorboard_dir and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("tensorboard_dir is set but tensorboard is not installed; pip install '.[tensorboard]'")
+        yield "tensorboard_dir is set but tensorboard is not installed; pip install '.[tensorboard]'"
 
 
 def read_model(role: str, directory: str) -> tuple[Family, ModelShape]:
@@ -329,15 +332,15 @@ def check_weights(directory: str, family: Family, shape: ModelShape) -> None:
         check_tensors(files, family, shape)
 
 
-def check_context(role: str, config: Config, shape: ModelShape) -> None:
+def context_faults(role: str, config: Config, shape: ModelShape) -> Iterator[str]:
     context = config.rollout.rollout_max_context_len
     if context > shape.max_position_embeddings:
-        raise ValueError(
+        yield (
             f"rollout_max_context_len = {context} exceeds the {role}'s max_position_embeddings = "
             f"{shape.max_position_embeddings}; lower rollout_max_context_len"
         )
     if config.rollout.rollout_max_response_len >= context:
-        raise ValueError(
+        yield (
             f"rollout_max_response_len = {config.rollout.rollout_max_response_len} leaves no room for a prompt in "
             f"rollout_max_context_len = {context}; lower it"
         )

@@ -155,6 +155,15 @@ def test_context_that_the_model_cannot_hold(run_flags):
         assert f"rollout_max_context_len = 4096 exceeds the {role}'s max_position_embeddings = 2048" in fault
 
 
+def test_what_training_and_the_context_ask_is_told_together_and_once(run_flags):
+    wrong = ["--rollout-max-response-len", "4096", "--rollout-max-context-len", "4096", "--lr-warmup-iters", "99"]
+    wrong += ["--objective", "sft", "--demonstrations", "expert", "--history-mode", "compact", "--lr-decay-style", "cosine"]
+    with pytest.raises(Faults) as caught:
+        main([*run_flags, *wrong, "--dry-run"])
+    named = [fault.partition(" ")[0] for fault in caught.value.faults]
+    assert named == ["rollout_max_context_len", "rollout_max_response_len", "history_mode", "lr_warmup_iters"]
+
+
 def test_split_that_the_environment_does_not_have(run_flags):
     for setting in ("--eval-split", "--train-split"):
         message = refused([*run_flags, setting, "unseen", "--dry-run"])
