@@ -613,7 +613,8 @@ def explain_flag_error(argv: list[str], complaint: str) -> str:
             if flag == "--" + key.replace("_", "-"):
                 return f"{flag} is no flag: give [{part}.{key}] in a file of --config, with the server's own names in it"
         if flag.startswith("--") and flag not in known and not flag.startswith(("--opd-", "--no-")):
-            return f"unknown flag {flag}; {nearest(flag, known)}"
+            hint = nearest(flag, known) if difflib.get_close_matches(flag, known, n=1) else "--help lists the flags"
+            return f"unknown flag {flag}; {hint}"
     lines = [line.strip(" │╭╮╰╯─\n") for line in complaint.splitlines()]
     text = " ".join(line for line in lines if line and not line.startswith(("For full", "Parsing error")))
     if bound := re.search(r"validation errors? for \w+ (\w+) (.+?) \[type=\w+, input_value=(.+?), input_type", text):

@@ -24,7 +24,7 @@ from typing import Literal
 
 import torch
 
-from megatron_tcod.config import Config, load_config
+from megatron_tcod.config import Config, load_config, take_switch
 from megatron_tcod.cost_model import num_parameters
 from megatron_tcod.model.shape import ModelShape
 from megatron_tcod.preflight import Findings, check_writable, examine_training, read_model
@@ -213,7 +213,8 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"MASTER_PORT = {options.master_port}: expected a port from 1 to 65535, the same on all nodes")
     if not 0 <= options.resolve_seconds < math.inf:
         raise ValueError(f"--resolve-seconds {options.resolve_seconds}: expected a number of seconds, 0 or more")
-    config = load_config(argv[len(own) + 1 :], prog="megatron_tcod.train")
+    _, flags = take_switch(argv[len(own) + 1 :], "--dry-run")  # which this is
+    config = load_config(flags, prog="megatron_tcod.train")
     found = check_node(config, Node(**vars(options)))
     told = "\n".join([*found.lines, *(f"error: {fault}" for fault in found.faults)])
     print(told.encode(errors="backslashreplace").decode())  # a path need not be UTF-8

@@ -155,6 +155,7 @@ def test_mistakes_of_one_kind_are_told_together(tmp_path, text, named):
     ("argv", "message"),
     [
         (["--tensor-paralel-size", "2"], "did you mean '--tensor-model-parallel-size'"),
+        (["--zzzzqqq"], "unknown flag --zzzzqqq; --help lists the flags"),
         (["--eta", "x"], "--eta: invalid literal"),
         (["--eta", "0"], "--eta: Input should be greater than or equal to 1, got 0"),
         (["--curriculum", "both"], "'both'.*'full', 'f2b', 'b2f'"),

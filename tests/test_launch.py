@@ -122,6 +122,12 @@ def test_a_teacher_that_other_nodes_cannot_reach(run_flags):
     assert fault.startswith("teacher_model launches a server that only its own host reaches, and this run has 4 ranks")
 
 
+def test_a_dry_run_is_what_the_check_is(run_flags, capsys):
+    argv = ["--gpus-per-node", "1", "--master-port", "29517", "--", *run_flags]
+    assert launch_checks.main(argv) == launch_checks.main([*argv, "--dry-run"]) == 0
+    capsys.readouterr()
+
+
 def test_a_node_without_ranks_is_one_fault(run_flags):
     assert the_fault(run_flags, ranks_per_node=0) == "GPUS_PER_NODE = 0 must be at least 1"
 

@@ -18,9 +18,14 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, NotRequired, TypeVar
 
-from megatron_tcod.config import merge, nearest, read_file
+import pydantic
+from pydantic import Field
+from pydantic.dataclasses import dataclass as validated
+from typing_extensions import TypedDict
+
+from megatron_tcod.config import STRICT, Faults, complaints, merge, nearest, read_file
 
 CURRICULA = ("sft", "full", "f2b", "b2f")
 OBJECTIVES = ("sampled_token", "reverse_kl", "forward_kl", "jsd")
@@ -28,46 +33,76 @@ SFT = "sft"
 
 Settings = dict[str, Any]
 """Tables of a run's TOML file: `{"training": {"lr": 1e-3}}`."""
+Tables = dict[str, dict[str, Any] | str]
+"""`Settings` as a grid file may write them; the string is fidelity's."""
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1)]
 
 
-@dataclass(frozen=True, kw_only=True)
+class Shape(TypedDict):
+    """The fields of a config.json that tell models of a study apart."""
+
+    __pydantic_config__ = STRICT
+    hidden_size: Count
+    num_hidden_layers: Count
+    intermediate_size: Count
+    num_attention_heads: Count
+
+
+class Corpus(TypedDict):
+    """Expert episodes to record."""
+
+    __pydantic_config__ = STRICT
+    tasks: Count
+    mistake_rate: NotRequired[Annotated[float, Field(ge=0, le=1)]]
+    is_corpus_imitated: NotRequired[bool]
+
+
+Games = TypedDict(
+    "Games",
+    {name: NotRequired[Annotated[int, Field(ge=0)]] for name in ("train", "valid-seen", "valid-unseen", "max-walkthrough")},
+)
+Games.__pydantic_config__ = STRICT
+
+
+@validated(frozen=True, kw_only=True, config=STRICT)
 class Model:
     """Where a model comes from. Example: `Model(shape={"hidden_size": 64, "num_hidden_layers": 2, ...})`"""
 
-    shape: dict[str, int] = field(default_factory=dict)
-    """Fields of a config.json: a model that the study makes and trains from random weights."""
+    shape: Shape = field(default_factory=dict)
+    """Of a model that the study makes and trains from random weights."""
     model: str = ""
     """A Hugging Face directory that exists, instead of `shape`."""
-    settings: Settings = field(default_factory=dict)
+    settings: Tables = field(default_factory=dict)
     """Of the run that trains it, or of every run that uses it where it exists already."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated(frozen=True, kw_only=True, config=STRICT)
 class World:
     """One environment with its teacher and its students."""
 
-    name: str
+    name: Name
     config: tuple[str, ...] = ()
     """Run files that all settings below are laid over, relative to the grid's own file."""
-    settings: Settings = field(default_factory=dict)
+    settings: Tables = field(default_factory=dict)
     """Of every run in this world."""
-    games: dict[str, int] = field(default_factory=dict)
+    games: Games = field(default_factory=dict)
     """alfworld: games to generate by split, and their longest walkthrough, in the spelling of the tool's flags."""
-    corpus: dict[str, float] = field(default_factory=dict)
-    """Expert episodes to record once: `tasks`, `mistake_rate`. The tokenizer is trained on them; teacher and warm start
-    imitate them where playing is slow (`is_corpus_imitated = 1`), else they ask the expert for new ones."""
-    vocab_size: int = 512
+    corpus: Corpus = field(default_factory=dict)
+    """Expert episodes to record once. The tokenizer is trained on them; teacher and warm start imitate them where playing
+    is slow (`is_corpus_imitated`), else they ask the expert for new ones."""
+    vocab_size: Count = 512
     """Ids of the tokenizer that is trained where models are made from shapes."""
     teacher: Model = field(default_factory=Model)
     students: dict[str, Model] = field(default_factory=dict)
     """By size."""
-    warmstart: Settings = field(default_factory=dict)
+    warmstart: Tables = field(default_factory=dict)
     """Of the SFT that gives students made from a shape their first competence, one a size and seed."""
-    demonstrations: Settings = field(default_factory=dict)
+    demonstrations: Tables = field(default_factory=dict)
     """Of recording the teacher's own solutions, which SFT imitates and B2F replays."""
-    of_curriculum: dict[str, Settings] = field(default_factory=dict)
+    of_curriculum: dict[str, Tables] = field(default_factory=dict)
     """Settings of the cells of one curriculum, `sft` among them."""
-    of_objective: dict[str, Settings] = field(default_factory=dict)
+    of_objective: dict[str, Tables] = field(default_factory=dict)
     """Settings of the cells of one objective."""
     curricula: tuple[str, ...] = ()
     """Fewer than the study's; empty for the same."""
@@ -100,25 +135,25 @@ class Cell:
         return f"{self.world}/{self.size}/{self.method}/seed-{self.seed}{again}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated(frozen=True, kw_only=True, config=STRICT)
 class Study:
     """The whole grid."""
 
-    title: str
-    out: str
+    title: Name
+    out: Name
     """Where runs and results go unless the command line says otherwise."""
     seeds: tuple[int, ...]
     curricula: tuple[str, ...] = CURRICULA
     objectives: tuple[str, ...] = ("sampled_token", "reverse_kl", "forward_kl")
-    success_targets: tuple[float, ...] = ()
+    success_targets: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
     """Held-out success whose cost is compared."""
-    jobs: int = 2
+    jobs: Count = 2
     """Runs at a time, each on a core of its own where there are as many."""
     launch: tuple[str, ...] = ()
     """Words before a module that trains or plays, such as torchrun's; empty for this Python alone."""
-    num_resamples: int = 9999
+    num_resamples: Count = 9999
     """Of each bootstrap interval."""
-    num_repeats: int = 0
+    num_repeats: Annotated[int, Field(ge=0)] = 0
     """How often the first cell of each world is run again."""
     worlds: tuple[World, ...] = ()
 
@@ -178,7 +213,9 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise ValueError(f"{path}: expected one [study] table and at least one [[world]]")
     if "base" not in study:
         return study, worlds
-    base, of_base = _read(path.parent / study.pop("base"))
+    if not isinstance(name := study.pop("base"), str):
+        raise ValueError(f"{path}: [study] base must be the name of a grid file, got {name!r}")
+    base, of_base = _read(path.parent / name)
     by_name = {one.get("name"): one for one in of_base}
     for world in worlds:
         if world.get("name") not in by_name:
@@ -200,6 +237,7 @@ def _world(table: Mapping[str, Any], path: Path) -> World:
     made = dict(table)
     made["teacher"] = _build(Model, made.get("teacher", {}), f"{where} teacher")
     students = made.get("students", {})
+    _check_table(students, f"{where} students")
     made["students"] = {size: _build(Model, one, f"{where} student {size}") for size, one in students.items()}
     return _build(World, made, where)
 
@@ -208,12 +246,18 @@ Kind = TypeVar("Kind")
 
 
 def _build(kind: type[Kind], table: Mapping[str, Any], where: str, **further: Any) -> Kind:
+    _check_table(table, where)
     _check_keys(table, {one.name for one in fields(kind)} - further.keys(), where)
     plain = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
     try:
         return kind(**plain, **further)
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}; add the key") from None
+    except pydantic.ValidationError as error:
+        raise Faults(f"{where}: {told}" for told in complaints(error)) from None
+
+
+def _check_table(table: Any, where: str) -> None:
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{where} must be a table, got {table!r}")
 
 
 def _check_keys(table: Mapping[str, Any], known: set[str], where: str) -> None:
@@ -228,6 +272,8 @@ def _check(study: Study, path: Path) -> None:
         raise ValueError(f"{path}: two worlds have one name among {names}; rename one")
     for world in study.worlds:
         for value, known in (
+            *((one, CURRICULA) for one in world.of_curriculum),
+            *((one, (*OBJECTIVES, SFT)) for one in world.of_objective),
             *((one, CURRICULA) for one in world.curricula or study.curricula),
             *((one, OBJECTIVES) for one in world.objectives or study.objectives),
         ):
@@ -243,6 +289,11 @@ def _check(study: Study, path: Path) -> None:
         for role, model in (("teacher", world.teacher), *world.students.items()):
             if bool(model.shape) == bool(model.model):
                 raise ValueError(f"{path}: {role} of world {world.name} needs one of shape and model; give exactly one")
+            if model.shape and not world.corpus:
+                raise ValueError(
+                    f"{path}: {role} of world {world.name} is made from a shape, and its tokenizer from a corpus that is not "
+                    f"there; give corpus = {{ tasks = N }}"
+                )
 
 
 def run_settings(world: World, grid_path: str | Path, *layers: Mapping[str, Any]) -> Settings:

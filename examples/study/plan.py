@@ -192,7 +192,7 @@ class _Planner:
         environment, corpus = self._base.get("environment", {}), self.world.corpus
         words = ["examples/study/record_expert.py", "--output", str(self.paths.corpus)]
         words += ["--env", environment.get("env", "household"), "--split", environment.get("train_split", "train")]
-        words += ["--tasks", str(int(corpus["tasks"])), "--mistake-rate", str(corpus.get("mistake_rate", 0.0))]
+        words += ["--tasks", str(corpus["tasks"]), "--mistake-rate", str(corpus.get("mistake_rate", 0.0))]
         words += ["--env-options", json.dumps(environment.get("env_options", {}))]
         return Command(script=tuple(words), makes=self.paths.corpus)
 

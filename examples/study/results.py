@@ -71,6 +71,16 @@ def write_results(study: Study, jobs: Sequence[Job], out: Path, *, command: str,
     return path
 
 
+_START = {"world": str, "size": str, "seed": int}
+NAMED_BY: dict[str, dict[str, type]] = {
+    "study": {"title": str, "command": str},
+    "world": {"world": str},
+    "start": _START,
+    "cell": {**_START, "curriculum": str, "objective": str, "points": list},
+}
+"""By the kind of a line: what tells it from others, which analysis and page sort and pair by."""
+
+
 def read_results(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a results file; ValueError names the first that is none."""
     try:
@@ -83,8 +93,13 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except json.JSONDecodeError:
             line = None
-        if not isinstance(line, dict) or "kind" not in line:
-            raise ValueError(f"{path}:{number}: expected a JSON object with a kind; write the file again by the study")
+        if not isinstance(line, dict) or line.get("kind") not in NAMED_BY:
+            told = f"expected a JSON object with a kind ({', '.join(NAMED_BY)})"
+            raise ValueError(f"{path}:{number}: {told}; write the file again by the study")
+        for key, kind in NAMED_BY[line["kind"]].items():
+            if not isinstance(line.get(key), kind):
+                told = f"expected {key} of type {kind.__name__}, got {line.get(key)!r}"
+                raise ValueError(f"{path}:{number}: {told}; write the file again by the study")
         lines.append(line)
     if not lines or lines[0]["kind"] != "study":
         raise ValueError(f"{path}: expected a line of kind study first; write the file again by the study")

@@ -60,7 +60,7 @@ num_resamples = 200
 [[world]]
 name = "alfworld"
 games = { train = 6, valid-seen = 2, valid-unseen = 0 }
-corpus = { tasks = 6, mistake_rate = 0.1, is_corpus_imitated = 1 }
+corpus = { tasks = 6, mistake_rate = 0.1, is_corpus_imitated = true }
 [world.settings.training]
 train_iters = 2
 [world.settings.rollout]

@@ -1,6 +1,7 @@
 """A grid file becomes the cells that it promises, each with settings that training accepts."""
 
 import importlib.util
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,24 +12,25 @@ from study.plan import fingerprints, plan, words
 from study.run import main
 from study.runner import settings_toml
 
-from megatron_tcod.config import load_config
+from megatron_tcod.config import Faults, load_config
 from megatron_tcod.serving import is_teacher_served
 
 STUDY = Path(__file__).parents[2] / "examples" / "study"
 SHIPPED = sorted(path.stem for path in STUDY.glob("*.toml"))
 
-SMALL = """
+SHAPE = "shape = { hidden_size = 8, num_hidden_layers = 1, intermediate_size = 8, num_attention_heads = 1 }"
+SMALL = f"""
 [study]
 title = "t"
 out = "o"
 seeds = [1]
 [[world]]
 name = "household"
-corpus = { tasks = 4 }
+corpus = {{ tasks = 4 }}
 [world.teacher]
-shape = { hidden_size = 8 }
+{SHAPE}
 [world.students.small]
-shape = { hidden_size = 8 }
+{SHAPE}
 """
 
 
@@ -152,16 +154,36 @@ def test_changing_the_teacher_changes_every_job_after_it(tmp_path):
         ("seeds = [1]", 'seeds = [1]\nobjectives = ["reverse_k"]', "did you mean 'reverse_kl'"),
         ("seeds = [1]", 'seeds = [1]\ncurricula = ["sft"]', "add full"),
         ("corpus = { tasks = 4 }", 'sizes = ["smal"]', "did you mean 'small'"),
-        ("[world.teacher]\nshape = { hidden_size = 8 }", "[world.teacher]", "shape and model"),
+        (f"[world.teacher]\n{SHAPE}", "[world.teacher]", "shape and model"),
         ('title = "t"', "", "title"),
         ("[study]", "study", "not TOML"),
         ('out = "o"', 'out = "o"\nbase = "full.toml"', "full.toml"),
+        ('out = "o"', 'out = "o"\nbase = 5', "base must be the name of a grid file, got 5"),
+        ('out = "o"', "out = 7", "out: .*string, got 7"),
+        ('title = "t"', "", "title"),
+        ("seeds = [1]", 'seeds = "abc"', "seeds: .*tuple, got 'abc'"),
+        ("seeds = [1]", "seeds = [1.5]", "seeds.0: .*integer, got 1.5"),
+        ("seeds = [1]", "seeds = 3", "seeds: .*tuple, got 3"),
+        ("seeds = [1]", "seeds = [1]\nnum_repeats = -2", "num_repeats: .*greater than or equal to 0, got -2"),
+        ("seeds = [1]", "seeds = [1]\njobs = 0", "jobs: .*greater than or equal to 1, got 0"),
+        ("seeds = [1]", 'seeds = [1]\nlaunch = "torchrun"', "launch: .*tuple, got 'torchrun'"),
+        ("seeds = [1]", 'seeds = [1]\nobjectives = "reverse_kl"', "objectives: .*tuple, got 'reverse_kl'"),
+        ("seeds = [1]", "seeds = [1]\nsuccess_targets = [40.0]", "success_targets.0: .*less than or equal to 1"),
+        ("corpus = { tasks = 4 }", "", "made from a shape, .* give corpus = { tasks = N }"),
+        ("{ tasks = 4 }", "5", "corpus: .*got 5"),
+        ("{ tasks = 4 }", "{ taks = 4 }", "corpus.tasks: Field required|corpus.taks: Extra"),
+        ("{ tasks = 4 }", "{ tasks = 4 }\ngames = { tarin = 4 }", "games.tarin: Extra inputs are not permitted"),
+        ("{ tasks = 4 }", "{ tasks = 4 }\nof_curriculum = { f2 = {} }", "'f2' in world household; did you mean 'f2b'"),
+        ("{ tasks = 4 }", "{ tasks = 4 }\nsettings = 5", "settings: .*dictionary, got 5"),
+        (f"[world.students.small]\n{SHAPE}", "[world.students]\nsmall = 3", "student small must be a table, got 3"),
+        ("hidden_size = 8", "hidden_sise = 8", "shape.hidden_size: Field required"),
     ],
 )
 def test_a_mistake_in_a_grid_file_is_one_message(tmp_path, old, new, said):
     assert old in SMALL
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError) as caught:
         read_grid(write(tmp_path, SMALL.replace(old, new, 1)))
+    assert any(re.search(said, fault) and "\n" not in fault for fault in Faults.of(caught.value))
 
 
 def test_a_wrong_training_setting_names_its_run(tmp_path):

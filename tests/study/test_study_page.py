@@ -153,6 +153,21 @@ def test_a_page_of_a_study_without_any_cell_is_written(lines, tmp_path):
     assert "Nothing yet" in (tmp_path / "study.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"seed": 1', '"seed": "1"', ":.*expected seed of type int, got '1'"),
+        ('"points": [', '"points": 3, "": [', ":.*expected points of type list, got 3"),
+        ('"kind": "cell"', '"kind": "cel"', r":.*expected a JSON object with a kind \(study, world, start, cell\)"),
+    ],
+)
+def test_a_line_that_nothing_can_be_made_of_is_named(lines, tmp_path, old, new, said):
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines).replace(old, new, 1))
+    with pytest.raises(ValueError, match=rf"results.jsonl:\d+{said}"):
+        read_results(path)
+
+
 @pytest.mark.parametrize("text", ["", "no json\n", '{"kind": "cell"}\n', "[1]\n"])
 def test_a_file_that_is_no_results_is_refused(text, tmp_path):
     path = tmp_path / "results.jsonl"
