@@ -41,7 +41,7 @@ from megatron_tcod.envs import check_env_options, load_env
 from megatron_tcod.envs.base import EnvironmentFamily, EnvironmentFault
 from megatron_tcod.envs.demonstrations import read_demonstrations, replay_difference, write_demonstrations
 from megatron_tcod.model import parallel
-from megatron_tcod.preflight import preflight
+from megatron_tcod.preflight import check_writable, preflight
 from megatron_tcod.serving import is_teacher_served
 from megatron_tcod.significance import pass_at
 from megatron_tcod.trajectory import Demonstration, DemonstrationTurn, Episode, Task
@@ -252,6 +252,7 @@ def output_of(config: Config) -> Path:
         raise ConfigError("demonstrations is empty; give --demonstrations the JSONL file to write")
     if output.exists():
         raise ConfigError(f"demonstrations = {output} exists; remove it or give --demonstrations another name")
+    check_writable("demonstrations", str(output.parent))
     output.parent.mkdir(parents=True, exist_ok=True)
     return output
 

@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,13 +65,15 @@ def check_node(config: Config, node: Node) -> Findings:
 
 
 def check_size(node: Node) -> list[str]:
+    if node.num_nodes < 1:
+        raise ValueError(f"NUM_NODES = {node.num_nodes} must be at least 1; give the number of machines")
     if not 0 <= node.node_rank < node.num_nodes:
         raise ValueError(
             f"NODE_RANK = {node.node_rank} must lie in [0, {node.num_nodes}), NUM_NODES = {node.num_nodes}; give every node "
             f"its own"
         )
     if node.ranks_per_node < 1:
-        raise ValueError(f"GPUS_PER_NODE = {node.ranks_per_node} must be at least 1")
+        raise ValueError(f"GPUS_PER_NODE = {node.ranks_per_node} must be at least 1; give the ranks of each machine")
     total = node.num_nodes * node.ranks_per_node
     return [f"node {node.node_rank} of {node.num_nodes}, {node.ranks_per_node} ranks here, {total} in all"]
 
@@ -193,6 +196,11 @@ def mebibytes(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
+def printable(text: str) -> str:
+    """A path in it need not be UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_tcod.doctor launch",
@@ -216,6 +224,8 @@ def main(argv: Sequence[str]) -> int:
     _, flags = take_switch(argv[len(own) + 1 :], "--dry-run")  # which this is
     config = load_config(flags, prog="megatron_tcod.train")
     found = check_node(config, Node(**vars(options)))
-    told = "\n".join([*found.lines, *(f"error: {fault}" for fault in found.faults)])
-    print(told.encode(errors="backslashreplace").decode())  # a path need not be UTF-8
+    for line in found.lines:
+        print(printable(line), flush=True)
+    for fault in found.faults:
+        print(printable(f"error: {fault}"), file=sys.stderr)
     return 2 if found.faults else 0

@@ -46,6 +46,7 @@ from megatron_tcod.model.mapping import check_tensors, read_hf_config
 from megatron_tcod.model.parallel import ParallelLayout, check_world_size
 from megatron_tcod.model.shape import ModelShape
 from megatron_tcod.model.sharded_files import open_weights
+from megatron_tcod.model.weight_files import MANIFEST_FILE, verify_manifest
 from megatron_tcod.ops import backends
 from megatron_tcod.rollout.chat import TurnTokenizer, check_same_tokenizer
 from megatron_tcod.trajectory import Task
@@ -327,7 +328,9 @@ def check_vocabulary(role: str, shape: ModelShape, tokenizer: TurnTokenizer) -> 
 
 
 def check_weights(directory: str, family: Family, shape: ModelShape) -> None:
-    """Headers only: every tensor is there and has the shape that config.json says."""
+    """Headers and sizes only: every tensor is there and has the shape that config.json says, every file its length."""
+    if (Path(directory) / MANIFEST_FILE).is_file():
+        verify_manifest(Path(directory), is_hashed=False)
     with open_weights(directory, family, shape) as files:
         check_tensors(files, family, shape)
 

@@ -103,6 +103,12 @@ def test_a_mistake_is_one_message_and_no_file(tmp_path, more, message):
     assert not (tmp_path / "a.jsonl").exists()
 
 
+@pytest.mark.parametrize("path", ["/proc/d.jsonl", "/etc/passwd/d.jsonl"])
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_played(path):
+    with pytest.raises(ValueError, match="demonstrations = .*(keeps no files|is no directory)"):
+        main(flags(path, "--expert"))
+
+
 def test_an_existing_file_is_not_replaced(tmp_path):
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(ValueError, match="exists; remove it"):

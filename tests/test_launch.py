@@ -129,7 +129,7 @@ def test_a_dry_run_is_what_the_check_is(run_flags, capsys):
 
 
 def test_a_node_without_ranks_is_one_fault(run_flags):
-    assert the_fault(run_flags, ranks_per_node=0) == "GPUS_PER_NODE = 0 must be at least 1"
+    assert the_fault(run_flags, ranks_per_node=0) == "GPUS_PER_NODE = 0 must be at least 1; give the ranks of each machine"
 
 
 def environment(**variables):
@@ -168,7 +168,7 @@ def test_no_rank_starts_on_a_node_with_a_fault(run_flags, tmp_path):
 
 def test_a_path_that_is_no_utf8_is_told(run_flags, capsys):
     assert launch_checks.main(["--gpus-per-node", "1", "--", *run_flags, "--student", "/tmp/\udcff"]) == 2
-    assert "error: student = /tmp/\\udcff: no such directory" in capsys.readouterr().out
+    assert "error: student = /tmp/\\udcff: no such directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seconds", ["nan", "inf", "-1"])

@@ -135,9 +135,18 @@ def test_a_checkpoint_without_a_shard_or_a_step(single_process, run_flags, tmp_p
     checkpoint = tmp_path / "run" / "checkpoints" / "step_0000001"
     assert not list(checkpoint.glob("*.safetensors")), "its weights are in the shards alone"
     flags = [*run_flags, "--student", str(checkpoint), "--save", str(tmp_path / "other")]
+    state, manifest = ((checkpoint / name).read_bytes() for name in ("state.json", "manifest.json"))
     (checkpoint / "state.json").write_text("{}")
+    assert "state.json has 2 bytes, expected" in refused(flags, evaluate)
+    (checkpoint / "manifest.json").unlink()
     assert "state.json tells no step (KeyError" in refused(flags, evaluate)
+    (checkpoint / "manifest.json").write_bytes(manifest)
     shard = next(checkpoint.glob("*.distcp"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:100])
+    (checkpoint / "state.json").write_bytes(state)
+    assert f"{shard.name} has 100 bytes, expected {len(content)}" in refused([*flags, "--dry-run"])
+    (checkpoint / "manifest.json").unlink()
     shard.unlink()
     assert f"{shard.name}, which its .metadata names, is missing" in refused([*flags, "--dry-run"])
 

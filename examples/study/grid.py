@@ -33,10 +33,12 @@ SFT = "sft"
 
 Settings = dict[str, Any]
 """Tables of a run's TOML file: `{"training": {"lr": 1e-3}}`."""
-Tables = dict[str, dict[str, Any] | str]
-"""`Settings` as a grid file may write them; the string is fidelity's."""
+Tables = dict[str, dict[str, Any]]
+"""`Settings` as a grid file may write them."""
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
+Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""What names a directory too."""
 
 
 class Shape(TypedDict):
@@ -81,7 +83,7 @@ class Model:
 class World:
     """One environment with its teacher and its students."""
 
-    name: Name
+    name: Slug
     config: tuple[str, ...] = ()
     """Run files that all settings below are laid over, relative to the grid's own file."""
     settings: Tables = field(default_factory=dict)
@@ -94,7 +96,7 @@ class World:
     vocab_size: Count = 512
     """Ids of the tokenizer that is trained where models are made from shapes."""
     teacher: Model = field(default_factory=Model)
-    students: dict[str, Model] = field(default_factory=dict)
+    students: dict[Slug, Model] = field(default_factory=dict)
     """By size."""
     warmstart: Tables = field(default_factory=dict)
     """Of the SFT that gives students made from a shape their first competence, one a size and seed."""
@@ -107,7 +109,7 @@ class World:
     curricula: tuple[str, ...] = ()
     """Fewer than the study's; empty for the same."""
     objectives: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Count, ...] = ()
     sizes: tuple[str, ...] = ()
     """Fewer than the students that are described; empty for all."""
 
@@ -142,7 +144,7 @@ class Study:
     title: Name
     out: Name
     """Where runs and results go unless the command line says otherwise."""
-    seeds: tuple[int, ...]
+    seeds: tuple[Count, ...]
     curricula: tuple[str, ...] = CURRICULA
     objectives: tuple[str, ...] = ("sampled_token", "reverse_kl", "forward_kl")
     success_targets: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
@@ -199,8 +201,8 @@ def read_grid(path: str | Path) -> Study:
     return study
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The [study] table and the worlds, laid over those of the base file."""
+def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The [study] table and the worlds, laid over those of the base file. `above` are the files that led here."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -211,11 +213,17 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     _check_keys(tables, {"study", "world"}, f"{path}")
     if not isinstance(worlds, list) or not worlds or not isinstance(study, dict):
         raise ValueError(f"{path}: expected one [study] table and at least one [[world]]")
+    for world in worlds:
+        _check_table(world, f"{path}: [[world]]")
+        if not isinstance(world.get("name"), str):
+            raise ValueError(f"{path}: a [[world]] needs a name, got {world.get('name')!r}")
     if "base" not in study:
         return study, worlds
     if not isinstance(name := study.pop("base"), str):
         raise ValueError(f"{path}: [study] base must be the name of a grid file, got {name!r}")
-    base, of_base = _read(path.parent / name)
+    if path.resolve() in above:
+        raise ValueError(f"{path}: [study] base comes back to this file; name one that does not")
+    base, of_base = _read(path.parent / name, (*above, path.resolve()))
     by_name = {one.get("name"): one for one in of_base}
     for world in worlds:
         if world.get("name") not in by_name:
@@ -283,6 +291,14 @@ def _check(study: Study, path: Path) -> None:
             raise ValueError(f"{path}: world {world.name} has no seed or no student; give seeds and [world.students.NAME]")
         if not any(one != SFT for one in world.curricula or study.curricula):
             raise ValueError(f"{path}: world {world.name} has no curriculum beside sft; add full")
+        if not (world.objectives or study.objectives):
+            raise ValueError(f"{path}: world {world.name} has no objective; add one of {', '.join(OBJECTIVES)}")
+        for key in ("seeds", "curricula", "objectives", "sizes"):
+            values = getattr(world, key) or getattr(study, key, ())
+            if len(set(values)) != len(values):
+                raise ValueError(f"{path}: {key} of world {world.name} names one twice among {list(values)}; remove it")
+        if "teacher" in world.students:
+            raise ValueError(f"{path}: a student of world {world.name} is called teacher, as its teacher is; rename it")
         for size in world.sizes:
             if size not in world.students:
                 raise ValueError(f"{path}: size {size!r} of world {world.name}; {nearest(size, list(world.students))}")

@@ -7,7 +7,6 @@ one is written by hand: the same file gives the same page.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megatron_tcod.config import CurriculumConfig, EnvironmentConfig, EvaluationConfig, run_entry_point, toml_value  # noqa: E402
+from megatron_tcod.config import (  # noqa: E402
+    CurriculumConfig,
+    EnvironmentConfig,
+    EvaluationConfig,
+    RolloutConfig,
+    run_entry_point,
+    toml_value,
+)
 from study.analysis import (  # noqa: E402
     PAIRS,
     Comparison,
@@ -33,19 +39,21 @@ from study.results import read_results  # noqa: E402
 
 
 def write_page(results_path: str | Path, page_path: str | Path) -> None:
-    """Page, figures and results; existing ones are replaced."""
+    """Page, figures and results; existing ones are replaced, other files beside them are not touched."""
     page_path = Path(page_path)
+    if page_path.suffix != ".md" or page_path.is_dir():
+        raise ValueError(f"page {page_path}: expected the name of a file that ends in .md")
     results = Results(read_results(results_path))
     rows = comparisons(results)
     folder = page_path.with_suffix("")
     made = figures(results, rows)
-    kept = Path(results_path).read_bytes()  # they may lie in the folder that is replaced
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    text = page_text(results, rows, list(made), folder.name)
+    kept = Path(results_path).read_bytes()
+    folder.mkdir(parents=True, exist_ok=True)
     for name, svg in made.items():
         (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
     (folder / "results.jsonl").write_bytes(kept)
-    page_path.write_text(page_text(results, rows, list(made), folder.name), encoding="utf-8")
+    page_path.write_text(text, encoding="utf-8")
 
 
 def page_text(results: Results, rows: Sequence[Comparison], names: Sequence[str], folder: str) -> str:
@@ -118,10 +126,11 @@ def setting_text(results: Results) -> str:
     for name, world in results.worlds.items():
         lines.append(f"**{name}**")
         teacher, settings = world.get("teacher"), world["settings"]
+        rollout = settings.get("rollout", {})
         facts = [f"{role}: {shape_text(model)}" for role, model in world["models"].items()]
         facts.append(
-            f"{steps_text(results, name)} steps of {settings['rollout'].get('rollout_batch_size')} episodes, "
-            f"horizon {settings['rollout'].get('max_turns')} turns, window grows a turn every "
+            f"{steps_text(results, name)} steps of {rollout.get('rollout_batch_size', RolloutConfig().rollout_batch_size)} "
+            f"episodes, horizon {rollout.get('max_turns', RolloutConfig().max_turns)} turns, window grows a turn every "
             f"{settings.get('curriculum', {}).get('eta', CurriculumConfig().eta)} step(s)"
         )
         if teacher:

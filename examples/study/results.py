@@ -71,14 +71,14 @@ def write_results(study: Study, jobs: Sequence[Job], out: Path, *, command: str,
     return path
 
 
-_START = {"world": str, "size": str, "seed": int}
-NAMED_BY: dict[str, dict[str, type]] = {
-    "study": {"title": str, "command": str},
-    "world": {"world": str},
-    "start": _START,
-    "cell": {**_START, "curriculum": str, "objective": str, "points": list},
+_PLAYED = {"world": str, "size": str, "seed": int, "success": float, "tasks": str, "solved": str}
+FIELDS: dict[str, dict[str, type]] = {
+    "study": {"title": str, "command": str, "seeds": list, "num_resamples": int, "num_cells": int},
+    "world": {"world": str, "models": dict, "settings": dict},
+    "start": _PLAYED,
+    "cell": {**_PLAYED, "curriculum": str, "objective": str, "repeat": int, "points": list},
 }
-"""By the kind of a line: what tells it from others, which analysis and page sort and pair by."""
+"""By the kind of a line: the fields that analysis and page cannot do without."""
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
@@ -87,23 +87,38 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
         texts = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ValueError(f"results {path}: {error.strerror}; run the study first") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"results {path} is no text; give the results.jsonl that the study wrote") from None
     lines = []
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             line = None
-        if not isinstance(line, dict) or line.get("kind") not in NAMED_BY:
-            told = f"expected a JSON object with a kind ({', '.join(NAMED_BY)})"
-            raise ValueError(f"{path}:{number}: {told}; write the file again by the study")
-        for key, kind in NAMED_BY[line["kind"]].items():
-            if not isinstance(line.get(key), kind):
-                told = f"expected {key} of type {kind.__name__}, got {line.get(key)!r}"
-                raise ValueError(f"{path}:{number}: {told}; write the file again by the study")
+        if fault := _fault_of(line):
+            raise ValueError(f"{path}:{number}: {fault}; write the file again by the study")
         lines.append(line)
     if not lines or lines[0]["kind"] != "study":
         raise ValueError(f"{path}: expected a line of kind study first; write the file again by the study")
     return lines
+
+
+def _fault_of(line: Any) -> str:
+    """What a line of a results file lacks, empty for nothing."""
+    if not isinstance(line, dict) or line.get("kind") not in FIELDS:
+        return f"expected a JSON object with a kind ({', '.join(FIELDS)})"
+    for key, kind in FIELDS[line["kind"]].items():
+        value = line.get(key)
+        if not (isinstance(value, kind) or (kind is float and isinstance(value, int))):
+            return f"expected {key} of type {kind.__name__}, got {value!r}"
+    if set(line.get("solved", "")) - {"0", "1"}:
+        return f"expected solved of 0 and 1, got {line['solved']!r}"
+    if not line.get("seeds", True):
+        return "expected seeds with at least one, got []"
+    points = line.get("points", [{"step": 0}])
+    if not points or not all(isinstance(point, dict) and isinstance(point.get("step"), int) for point in points):
+        return "expected points of a step each, and at least one"
+    return ""
 
 
 def job_costs(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:

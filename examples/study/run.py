@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megatron_tcod.config import load_config, run_entry_point  # noqa: E402
+from megatron_tcod.config import SGLANG, load_config, run_entry_point  # noqa: E402
 from study.grid import Study, read_grid  # noqa: E402
 from study.page import write_page  # noqa: E402
 from study.plan import Command, Job, plan, words  # noqa: E402
@@ -89,15 +89,26 @@ def check_settings(name: str, command: Command) -> None:
             raise ValueError(f"{name}: {str(error).replace(str(path), 'its settings')}") from None
 
 
+def missing_models(study: Study) -> list[str]:
+    """Directories of models that exist already, by the grid, and do not."""
+    models = [model.model for world in study.worlds for model in (world.teacher, *world.students.values())]
+    return sorted({model for model in models if model and model != SGLANG and not Path(model, "config.json").is_file()})
+
+
 def main(argv: list[str]) -> int:
     given = parse(argv)
     study = read_grid(given.grid)
     out = given.out or Path(study.out)
     jobs = plan(study, given.grid, out)
     check_jobs(jobs)
+    missing = missing_models(study)
     if given.dry_run:
         show_plan(study, jobs, out)
+        if missing:
+            say(f"not here, so not looked at: {', '.join(missing)}")
         return 0
+    if missing:
+        raise ValueError(f"{given.grid}: no config.json in {', '.join(missing)}; put the models there, or name others")
     num_slots = given.jobs or study.jobs
     runner = Runner(jobs, out=out, launch=study.launch, num_slots=num_slots, say=say)
     try:

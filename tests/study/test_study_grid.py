@@ -161,6 +161,15 @@ def test_changing_the_teacher_changes_every_job_after_it(tmp_path):
         ('out = "o"', 'out = "o"\nbase = 5', "base must be the name of a grid file, got 5"),
         ('out = "o"', "out = 7", "out: .*string, got 7"),
         ('title = "t"', "", "title"),
+        ("seeds = [1]", "seeds = [-1]", "seeds.0: .*greater than or equal to 1, got -1"),
+        ("seeds = [1]", "seeds = [1, 1]", "seeds of world household names one twice"),
+        ("seeds = [1]", "seeds = [1]\nobjectives = []", "has no objective; add one of"),
+        ('name = "household"', 'name = "../../w"', "name: .*pattern.*got '../../w'"),
+        ('name = "household"', 'name = ["w"]', r"a \[\[world\]\] needs a name, got"),
+        ("[world.students.small]", "[world.students.teacher]", "is called teacher"),
+        ('[world.students.small]', '[world.students."../x"]', "students.*pattern.*got '../x'"),
+        ("{ tasks = 4 }", '{ tasks = 4 }\nsettings = { training = "x" }', "settings.training: .*dictionary, got 'x'"),
+        ('out = "o"', 'out = "o"\nbase = "grid.toml"', "comes back to this file"),
         ("seeds = [1]", 'seeds = "abc"', "seeds: .*tuple, got 'abc'"),
         ("seeds = [1]", "seeds = [1.5]", "seeds.0: .*integer, got 1.5"),
         ("seeds = [1]", "seeds = 3", "seeds: .*tuple, got 3"),
@@ -190,6 +199,14 @@ def test_a_wrong_training_setting_names_its_run(tmp_path):
     path = write(tmp_path, SMALL + "[world.settings.training]\nlr = -1.0\n")
     with pytest.raises(ValueError, match=r"household/teacher: .*lr"):
         main(["--grid", str(path), "--dry-run"])
+
+
+def test_models_that_are_not_there_are_named_before_anything_runs(tmp_path, capsys):
+    assert main(["--grid", str(STUDY / "paper.toml"), "--dry-run"]) == 0
+    assert "not here, so not looked at: models/Qwen2.5-3B-Instruct, " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no config.json in models/Qwen2.5-3B-Instruct, "):
+        main(["--grid", str(STUDY / "paper.toml"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_world_that_the_base_lacks_is_refused(tmp_path):

@@ -153,9 +153,24 @@ def test_a_page_of_a_study_without_any_cell_is_written(lines, tmp_path):
     assert "Nothing yet" in (tmp_path / "study.md").read_text()
 
 
+def test_files_of_others_beside_the_page_stay(lines, tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "thesis.txt").write_text("mine")
+    write_page(path, tmp_path / "study.md")
+    assert (tmp_path / "study" / "thesis.txt").read_text() == "mine" and (tmp_path / "study" / "results.jsonl").exists()
+    for name in ("study", "page.txt"):
+        with pytest.raises(ValueError, match=r"expected the name of a file that ends in \.md"):
+            write_page(path, tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
+        ('"repeat": 0', '"repeat": null', ":.*expected repeat of type int, got None"),
+        ('"num_cells": ', '"cells": ', ":.*expected num_cells of type int, got None"),
+        ('"settings": {', '"set": {', ":.*expected settings of type dict, got None"),
         ('"seed": 1', '"seed": "1"', ":.*expected seed of type int, got '1'"),
         ('"points": [', '"points": 3, "": [', ":.*expected points of type list, got 3"),
         ('"kind": "cell"', '"kind": "cel"', r":.*expected a JSON object with a kind \(study, world, start, cell\)"),
