@@ -7,13 +7,15 @@
 
 Prints success with its interval, pass@k, families, turns, the share of invalid actions and the KL to the teacher turn by
 turn (`evaluation.py` defines them), and an exact paired test between every two evaluations that share tasks. Without a
-teacher (`--objective sft`) and over an endpoint (`endpoint.py`) there is no KL. docs/evaluation.md has more.
+teacher (`--objective sft --demonstrations expert`) and over an endpoint (`endpoint.py`) there is no KL. See
+docs/evaluation.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +34,7 @@ from megatron_tcod.evaluation import (
     summary_lines,
     write_evaluation,
 )
-from megatron_tcod.metrics import TurnScores, scores_by_turn
+from megatron_tcod.metrics import TurnScores, scores_by_turn, turn_kl
 from megatron_tcod.model import parallel
 from megatron_tcod.preflight import check_writable, preflight
 from megatron_tcod.serving import is_teacher_served
@@ -60,6 +62,10 @@ def evaluate(run: Assembly, *, step: int) -> dict[str, Any]:
         )
         speaks = parallel.is_first_in_replica()
         scores = gather_scores(scores_by_turn(microbatches, per_token) if speaks else {})
+        if any(math.isnan(turn_kl(of_turn)) for turns in scores.values() for of_turn in turns.values()):
+            raise FloatingPointError(
+                f"teacher = {run.config.model.teacher}: the KL to it is no number; check its weights for values that are none"
+            )
     return evaluation_record(
         step,
         episodes,

@@ -342,6 +342,11 @@ def context_faults(role: str, config: Config, shape: ModelShape) -> Iterator[str
             f"rollout_max_context_len = {context} exceeds the {role}'s max_position_embeddings = "
             f"{shape.max_position_embeddings}; lower rollout_max_context_len"
         )
+    if config.rollout.rollout_engine != SGLANG and config.rollout.max_total_tokens < context:
+        yield (
+            f"max_total_tokens = {config.rollout.max_total_tokens} cannot hold one episode of rollout_max_context_len = "
+            f"{context}; raise max_total_tokens"
+        )
     if config.rollout.rollout_max_response_len >= context:
         yield (
             f"rollout_max_response_len = {config.rollout.rollout_max_response_len} leaves no room for a prompt in "

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 
 from megatron_tcod.config import Faults
 from megatron_tcod.demonstrate import main as demonstrate
@@ -166,11 +167,13 @@ def test_context_that_the_model_cannot_hold(run_flags):
 
 def test_what_training_and_the_context_ask_is_told_together_and_once(run_flags):
     wrong = ["--rollout-max-response-len", "4096", "--rollout-max-context-len", "4096", "--lr-warmup-iters", "99"]
+    wrong += ["--max-total-tokens", "10"]
     wrong += ["--objective", "sft", "--demonstrations", "expert", "--history-mode", "compact", "--lr-decay-style", "cosine"]
     with pytest.raises(Faults) as caught:
         main([*run_flags, *wrong, "--dry-run"])
     named = [fault.partition(" ")[0] for fault in caught.value.faults]
-    assert named == ["rollout_max_context_len", "rollout_max_response_len", "history_mode", "lr_warmup_iters"]
+    of_context = ["rollout_max_context_len", "max_total_tokens", "rollout_max_response_len"]
+    assert named == [*of_context, "history_mode", "lr_warmup_iters"]
 
 
 def test_split_that_the_environment_does_not_have(run_flags):
@@ -283,3 +286,15 @@ def test_a_damaged_state_of_a_checkpoint_is_left_to_the_resume(single_process, r
     (tmp_path / "run" / "checkpoints" / "step_0000002" / "state.json").write_text('{"shape": []}')
     assert main([*run_flags, "--train-iters", "2", "--save-interval", "1"]) == 0
     assert "falling back to checkpoint step_0000001" in caplog.text
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_weights_that_are_no_numbers_end_an_evaluation_in_one_message(
+    single_process, run_flags, household_models, tmp_path, role
+):
+    shutil.copytree(household_models / role, tmp_path / "broken")
+    tensors = safetensors.torch.load_file(tmp_path / "broken" / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    safetensors.torch.save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FloatingPointError, match="are not finite" if role == "student" else "teacher = .*broken: the KL"):
+        evaluate([*run_flags, f"--{role}", str(tmp_path / "broken"), "--eval-tasks", "2"])

@@ -73,7 +73,7 @@ def write_results(study: Study, jobs: Sequence[Job], out: Path, *, command: str,
 
 _PLAYED = {"world": str, "size": str, "seed": int, "success": float, "tasks": str, "solved": str}
 FIELDS: dict[str, dict[str, type]] = {
-    "study": {"title": str, "command": str, "seeds": list, "num_resamples": int, "num_cells": int},
+    "study": {"title": str, "command": str, "machine": dict, "seeds": list, "num_resamples": int, "num_cells": int},
     "world": {"world": str, "models": dict, "settings": dict},
     "start": _PLAYED,
     "cell": {**_PLAYED, "curriculum": str, "objective": str, "repeat": int, "points": list},

@@ -49,7 +49,7 @@ SCORED_POSITIONS = 512
 """Prompt positions projected to the vocabulary at a time when input log-probabilities are asked for."""
 
 
-class NonFiniteLogits(RuntimeError):
+class NonFiniteLogits(FloatingPointError):
     """The model answered NaN or infinity for one request; its neighbours are not affected."""
 
 
