@@ -92,7 +92,7 @@ class Watchdog:
         self._pause = min(heartbeat_seconds / REPORTS_PER_TIMEOUT, LONGEST_PAUSE)
         self._main = threading.get_ident()
         self._report: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "is_done": False, "moves": 0}
-        self._stalled = 0.0
+        self._moves, self._stalled = 0, 0.0
         self._next, self._heard, self._silent = (rank + 1) % world_size, "", 0.0
         self._is_ending = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -102,7 +102,6 @@ class Watchdog:
         """This rank moves on. Cheap: the thread reports it."""
         step = self._report.get("step", 0) if step is None else step
         self._report = self._report | {"phase": phase, "step": step, "moves": self._report["moves"] + 1}
-        self._stalled = 0.0
 
     def __enter__(self) -> Watchdog:
         self._publish(beat=0)
@@ -158,7 +157,9 @@ class Watchdog:
         if self._store.check(["verdict"]):
             return self._store.get("verdict").decode()
         self._silent += elapsed
-        self._stalled += elapsed
+        moves = self._report["moves"]
+        # A turn in which the rank has moved counts for nothing: part of it was before the move.
+        self._moves, self._stalled = moves, self._stalled + elapsed if moves == self._moves else 0.0
         heard = self._store.get(f"rank/{self._next}").decode() if self._store.check([f"rank/{self._next}"]) else ""
         if heard != self._heard or (heard and json.loads(heard)["is_done"]):
             self._heard, self._silent = heard, 0.0
