@@ -52,6 +52,8 @@ class Case:
     sequence_parallel: bool = False
     is_tied: bool = False
     has_experts: bool = False
+    is_router_open: bool = False
+    """Tokens go to every expert: no choice that rounding could turn."""
     branches: str = ""
     """`rows` or `forest`: BRANCHES, computed one by one, or each shared prefix once."""
     recompute: Recompute = Recompute()
@@ -87,6 +89,7 @@ class Case:
         words += ["sp"] if self.sequence_parallel else []
         words += ["tied"] if self.is_tied else []
         words += ["experts"] if self.has_experts else []
+        words += ["open"] if self.is_router_open else []
         words += [self.branches] if self.branches else []
         words += [str(value) for value in vars(self.recompute).values() if value]
         words += ["distributed_optimizer"] if self.distributed_optimizer else []
@@ -98,8 +101,9 @@ class Case:
         return "-".join(words)
 
 
-def shapes(is_tied: bool, has_experts: bool = False):
-    experts = ExpertShape(num_experts=4, num_experts_per_token=2, ffn_hidden_size=32) if has_experts else None
+def shapes(is_tied: bool, has_experts: bool = False, is_router_open: bool = False):
+    chosen = 4 if is_router_open else 2
+    experts = ExpertShape(num_experts=4, num_experts_per_token=chosen, ffn_hidden_size=32) if has_experts else None
     student = tiny_shape(tie_word_embeddings=is_tied, qk_layernorm=True, add_qkv_bias=True, experts=experts)
     sizes = dict(
         num_layers=2, hidden_size=32, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=64, experts=experts
@@ -114,7 +118,7 @@ def run_step(
     """One step on this rank's share of the microbatches: full gradients and weights by name, loss, norm and the loss
     after the step; per-token figures by replica."""
     parallel.initialize(case.layout)
-    student_shape, teacher_shape = shapes(case.is_tied, case.has_experts)
+    student_shape, teacher_shape = shapes(case.is_tied, case.has_experts, case.is_router_open)
     student = Student(
         student_shape,
         case.layout,
@@ -126,13 +130,13 @@ def run_step(
         recompute=case.recompute,
     )
     teacher = Teacher(teacher_shape, case.layout, seed=2, dtype=case.dtype, mesh=_teacher_mesh(case))
-    teacher.align_vocabulary(student_shape)
-    if case.offload:
-        teacher.offload()
-        assert not any(parameter.numel() for chunk in teacher.chunks for parameter in chunk.parameters())
     if case.is_rounded:
         for _, parameter in [*build.named_parameters(student.chunks), *build.named_parameters(teacher.chunks)]:
             parameter.data.copy_(parameter.data.bfloat16())
+    teacher.align_vocabulary(student_shape)  # it may copy the head
+    if case.offload:
+        teacher.offload()
+        assert not any(parameter.numel() for chunk in teacher.chunks for parameter in chunk.parameters())
     initial = full_tensors(student.chunks, lambda parameter: parameter.data)
     microbatches = [pack(case, indices) for indices in split]
     microbatches = microbatches[parallel.dp_rank() :: parallel.dp_size()]

@@ -1,9 +1,11 @@
 """bf16 models with fp32 main gradients: no layout may err more than the unsharded bf16 step does.
 
-The truth is the fp32 step from weights rounded to bf16. Unsharded, the bf16 gradient of the dense model lies 1.8e-2 from it
-(Euclidean norm over all parameters); a layout that adds in another order may lie a quarter further, with experts too (1.2e-2
-unsharded, 1.9e-2 at tp 2). No parameter's gradient may differ from the unsharded bf16 one by more than BF16_TOLERANCE, ten
-units in the last place of bf16, or twice that with experts at tp 2: their router chooses after halves were rounded and added.
+The truth is the fp32 step from weights rounded to bf16. Unsharded, the bf16 gradient of this model lies 1.8e-2 from it
+(Euclidean norm over all parameters); a layout that adds in another order may lie a quarter further, and no parameter's
+gradient may differ from the unsharded bf16 one by more than BF16_TOLERANCE, ten units in the last place of bf16.
+
+Where a layout adds in another order before a router chooses, rounding sends some tokens to other experts, and gradients of
+experts then differ by tens of percent. So tensor parallelism is compared on experts that every token goes to.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ CASES = [
     Case(world=2, cp=2, distributed_optimizer=True, is_tied=True, dtype=BF16),
     Case(world=2, pp=2, virtual=2, teacher=(2, 1), offload=True, dtype=BF16),
     Case(world=2, ep=2, has_experts=True, distributed_optimizer=True, dtype=BF16),
-    Case(world=2, tp=2, has_experts=True, sequence_parallel=True, dtype=BF16),
+    Case(world=2, tp=2, has_experts=True, is_router_open=True, sequence_parallel=True, dtype=BF16),
     Case(world=2, tp=2, branches="forest", dtype=BF16),
 ]
 
@@ -57,7 +59,8 @@ def steps():
 def _kind(case: Case) -> tuple[tuple[str, object], ...]:
     """What makes a step another one, whatever the layout."""
     branches = "rows" if case.branches else ""
-    return (("is_tied", case.is_tied), ("has_experts", case.has_experts), ("branches", branches))
+    experts = ("has_experts", case.has_experts), ("is_router_open", case.is_router_open)
+    return (("is_tied", case.is_tied), *experts, ("branches", branches))
 
 
 def _distance(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -71,16 +74,14 @@ def _distance(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 def test_no_layout_errs_more_than_the_unsharded_bf16_step(runs, steps, case):
     truth, unsharded = steps[_kind(case)]
     actual, _ = read_case(runs, case)
-    dense_truth, dense = steps[_kind(Case())]
     assert 1e-3 < _distance(unsharded, truth) < 3e-2, "the yardstick is an ordinary bf16 computation"
-    assert _distance(actual, truth) <= 1.25 * max(_distance(unsharded, truth), _distance(dense, dense_truth))
+    assert _distance(actual, truth) <= 1.25 * _distance(unsharded, truth)
     for name, tensor in unsharded.items():
         if name.startswith("initial."):
             assert tensor.dtype is BF16 and torch.equal(actual[name], tensor), name
         else:
             difference = (actual[name].double() - tensor.double()).norm() / tensor.double().norm()
-            tolerance = BF16_TOLERANCE * (2 if case.has_experts and case.tp > 1 else 1)
-            assert difference <= tolerance, f"{name} differs by {float(difference):.1e}"
+            assert difference <= BF16_TOLERANCE, f"{name} differs by {float(difference):.1e}"
 
 
 def test_main_gradients_of_a_bf16_model_are_summed_over_microbatches_in_fp32():
