@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megatron_tcod.config import SGLANG, load_config, run_entry_point  # noqa: E402
+from megatron_tcod.config import SGLANG, Faults, load_config, run_entry_point  # noqa: E402
 from study.grid import Study, read_grid  # noqa: E402
 from study.page import write_page  # noqa: E402
 from study.plan import Command, Job, plan, words  # noqa: E402
@@ -79,14 +79,14 @@ def show_plan(study: Study, jobs: list[Job], out: Path) -> None:
 
 
 def check_settings(name: str, command: Command) -> None:
-    """ValueError names the job beside what is wrong with its settings."""
+    """`Faults` name the job beside what is wrong with its settings."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "settings.toml"
         path.write_text(settings_toml(command.settings), encoding="utf-8")
         try:
             load_config(["--config", str(path)])
         except ValueError as error:
-            raise ValueError(f"{name}: {str(error).replace(str(path), 'its settings')}") from None
+            raise Faults(f"{name}: {fault.replace(str(path), 'its settings')}" for fault in Faults.of(error)) from None
 
 
 def missing_models(study: Study) -> list[str]:

@@ -155,7 +155,6 @@ def test_changing_the_teacher_changes_every_job_after_it(tmp_path):
         ("seeds = [1]", 'seeds = [1]\ncurricula = ["sft"]', "add full"),
         ("corpus = { tasks = 4 }", 'sizes = ["smal"]', "did you mean 'small'"),
         (f"[world.teacher]\n{SHAPE}", "[world.teacher]", "shape and model"),
-        ('title = "t"', "", "title"),
         ("[study]", "study", "not TOML"),
         ('out = "o"', 'out = "o"\nbase = "full.toml"', "full.toml"),
         ('out = "o"', 'out = "o"\nbase = 5', "base must be the name of a grid file, got 5"),
@@ -196,8 +195,16 @@ def test_a_mistake_in_a_grid_file_is_one_message(tmp_path, old, new, said):
 
 
 def test_a_wrong_training_setting_names_its_run(tmp_path):
+    unknown = "[world.settings.training]\nsede = 1\n[world.settings.rollout]\nmax_truns = 1\n"
+    path = write(tmp_path, SMALL + unknown)
+    with pytest.raises(Faults) as caught:
+        main(["--grid", str(path), "--dry-run"])
+    assert [fault.partition(";")[0] for fault in caught.value.faults] == [
+        f"household/teacher: its settings: unknown key {key!r} in [{part}]"
+        for part, key in (("training", "sede"), ("rollout", "max_truns"))
+    ]
     path = write(tmp_path, SMALL + "[world.settings.training]\nlr = -1.0\n")
-    with pytest.raises(ValueError, match=r"household/teacher: .*lr"):
+    with pytest.raises(Faults, match=r"household/teacher: its settings: \[training\] lr"):
         main(["--grid", str(path), "--dry-run"])
 
 
