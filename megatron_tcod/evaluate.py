@@ -62,10 +62,7 @@ def evaluate(run: Assembly, *, step: int) -> dict[str, Any]:
         )
         speaks = parallel.is_first_in_replica()
         scores = gather_scores(scores_by_turn(microbatches, per_token) if speaks else {})
-        if any(math.isnan(turn_kl(of_turn)) for turns in scores.values() for of_turn in turns.values()):
-            raise FloatingPointError(
-                f"teacher = {run.config.model.teacher}: the KL to it is no number; check its weights for values that are none"
-            )
+        check_scores(scores, run.config.model.teacher)
     return evaluation_record(
         step,
         episodes,
@@ -141,7 +138,9 @@ def sampled_scores(config: Config, episodes: list[Episode]) -> dict[int, dict[in
             for microbatch, told in zip(microbatches, of_teacher, strict=True)
         ]
         speaks = parallel.is_first_in_replica()
-        return gather_scores(scores_by_turn(microbatches, per_token) if speaks else {})
+        scores = gather_scores(scores_by_turn(microbatches, per_token) if speaks else {})
+        check_scores(scores, config.model.teacher)
+        return scores
 
 
 def evaluate_model(config: Config) -> dict[str, Any]:
@@ -166,6 +165,12 @@ def gather_scores(own: dict[int, dict[int, TurnScores]]) -> dict[int, dict[int, 
         for episode, of_turn in decode(part, dict[int, dict[int, TurnScores]]).items():
             gathered.setdefault(episode, {}).update(of_turn)  # rows of one episode may lie on several replicas
     return gathered
+
+
+def check_scores(scores: dict[int, dict[int, TurnScores]], teacher: str) -> None:
+    """FloatingPointError where the KL of a turn is no number."""
+    if any(math.isnan(turn_kl(of_turn)) for turns in scores.values() for of_turn in turns.values()):
+        raise FloatingPointError(f"teacher = {teacher}: the KL to it is no number; check its weights, and the player's")
 
 
 def step_of(directory: str) -> int:
