@@ -123,9 +123,12 @@ def test_a_teacher_that_other_nodes_cannot_reach(run_flags):
 
 
 def test_a_dry_run_is_what_the_check_is(run_flags, capsys):
-    argv = ["--gpus-per-node", "1", "--master-port", "29517", "--", *run_flags]
-    assert launch_checks.main(argv) == launch_checks.main([*argv, "--dry-run"]) == 0
-    capsys.readouterr()
+    argv = ["--gpus-per-node", "1", "--master-port", str(free_port()), "--", *run_flags]
+    told = []
+    for flags in ([], ["--dry-run"]):
+        assert launch_checks.main([*argv, *flags]) == 0
+        told.append([line for line in capsys.readouterr().out.splitlines() if not line.startswith("disk: ")])
+    assert told[0] == told[1] and any(line.startswith("layout: ") for line in told[0])
 
 
 def test_a_node_without_ranks_is_one_fault(run_flags):

@@ -222,10 +222,19 @@ def test_a_teacher_of_its_own_layout_is_planned_in_it():
     assert own.phases["teacher"].sent > same.phases["teacher"].sent
 
 
+def test_a_teachers_stages_are_whole_where_the_students_are_interleaved():
+    question = scaling_question()
+    whole, cut = (plan.answer(question, Layout(tp=2, pp=2, dp=2, chunks=chunks)) for chunks in (1, 2))
+    assert cut.phases["teacher"] == whole.phases["teacher"] and cut.memory.teacher == whole.memory.teacher
+    assert cut.memory.activations > whole.memory.activations and cut.phases["train"].sent > whole.phases["train"].sent
+    assert cut.layout.told.startswith("tp 2, pp 2 x virtual 2, ") and "teacher" not in cut.layout.told
+
+
 def test_context_parallelism_and_wider_teachers_are_among_the_layouts_that_are_tried():
     question = scaling_question()
     tried = list(plan.layouts(question, 8))
     assert {layout.cp for layout in tried} == {1, 2, 4, 8} and {layout.teacher_tp for layout in tried} == {None, 2, 4, 8}
+    assert {layout.chunks for layout in tried} == {1, 2}, "28 layers fill no eight chunks"
     assert all(layout.world == 8 and layout.tp * layout.cp <= 8 for layout in tried)
     best = plan.choose(question, 8)
     narrow = [plan.answer(question, layout) for layout in tried if layout.teacher_tp is None]
