@@ -115,6 +115,7 @@ sys.path.insert(0, {tests!r})
 from faulty import FaultyEpisode
 episode = FaultyEpisode({fault!r})
 print(episode.reset(), episode._worker.pid, flush=True)
+sys.stdin.readline()
 if {is_idle}:
     episode.close()
 else:
@@ -140,16 +141,19 @@ if {ending!r} != "exit":
 )
 def test_no_process_outlives_its_trainer(fault, ending):
     program = PARENT.format(tests=str(TESTS), fault=fault, ending=ending, is_idle=fault == "none")
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     told = parent.stdout.readline()
     child, worker = (int(number) for number in re.findall(r"\d+", told))
     assert psutil.pid_exists(child) and psutil.pid_exists(worker)
+    parent.stdin.write("\n")  # until then it waits: an exit could come before the look
+    parent.stdin.flush()
     assert parent.stdout.readline().strip() in ("idle", "stuck")
     if fault == "hang with the lock held":
         time.sleep(0.5)
     if ending != "exit":
         parent.send_signal(getattr(signal, ending))
     parent.wait(timeout=60)
+    parent.stdin.close()
     parent.stdout.close()
     assert gone(worker) and gone(child)
 
